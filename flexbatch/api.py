@@ -1,0 +1,222 @@
+"""The Python API: one class that loads a model and generates or scores. It adds no behaviour of its own.
+
+Everything it does the command line does too, through the same engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from flexbatch.checkpoint.locate import locate
+from flexbatch.errors import InputError, UsageError
+from flexbatch.options import DType, EngineOptions, Resource, Schedule
+from flexbatch.policy.workload import Workload
+from flexbatch.requests import Request, Result, TokenizedRequest
+from flexbatch.runtime.engine import Engine
+from flexbatch.sampling import SamplingParams
+from flexbatch.text.codec import TextCodec
+from flexbatch.text.prompts import PromptEncoder
+from flexbatch.units import Shares, parse_shares, parse_size
+
+Message = Mapping[str, Any]
+Prompt = str | Sequence[int] | Sequence[Message]
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How likely a continuation is after its context: natural-log probabilities of its tokens under the model.
+
+    ``is_greedy``: whether each of its tokens is the model's first choice.
+    """
+
+    logprob: float
+    is_greedy: bool
+    token_ids: tuple[int, ...]
+    token_logprobs: tuple[float, ...]
+
+
+class LLM:
+    """A model, ready to run prompts: ``LLM("demo").generate(["Once upon a time"])``.
+
+    ``model`` is what the command line's ``--model`` takes; every other argument is the option of the same name.
+    ``rates`` are the command line's ``--throttle``, bytes/s by resource. Sizes are bytes or text such as ``"16GiB"``;
+    shares are ``Shares`` or text such as ``"20,80,0"``. The weights are loaded at the first call and kept until
+    ``close``. Raises FlexbatchError subclasses, one clear line each.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        device: str = "auto",
+        gpu_memory: int | str | None = None,
+        cpu_memory: int | str | None = None,
+        disk_memory: int | str | None = None,
+        disk_dir: str | Path | None = None,
+        weights: Shares | str | None = None,
+        kv: Shares | str | None = None,
+        hidden: Shares | str | None = None,
+        cpu_attention: bool | None = None,
+        weight_bits: Literal[16, 4] | None = 16,
+        kv_bits: Literal[16, 4] | None = 16,
+        micro_batch: int | None = None,
+        max_sequences: int | None = None,
+        schedule: Schedule = "continuous",
+        overlap: bool = True,
+        dtype: DType = "auto",
+        rates: Mapping[Resource, float] | None = None,
+        dummy_weights: bool = False,
+        chat: bool = False,
+        chat_template: str | None = None,
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> None:
+        self._folder = locate(str(model), dummy=dummy_weights)
+        self._options = EngineOptions(
+            device=device,
+            gpu_memory=_size(gpu_memory),
+            cpu_memory=_size(cpu_memory),
+            disk_memory=_size(disk_memory),
+            disk_dir=None if disk_dir is None else Path(disk_dir),
+            weights=_shares(weights, "weights"),
+            kv=_shares(kv, "kv"),
+            hidden=_shares(hidden, "hidden"),
+            cpu_attention=cpu_attention,
+            weight_bits=weight_bits,
+            kv_bits=kv_bits,
+            micro_batch=micro_batch,
+            max_sequences=max_sequences,
+            schedule=schedule,
+            overlap=overlap,
+            dtype=dtype,
+            rates=rates or {},
+        )
+        self._codec = TextCodec.load_if_present(self._folder.path)
+        self._encoder = PromptEncoder(self._codec, self._folder.shape, chat=chat, template=chat_template)
+        self._progress = progress
+        self._engine: Engine | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the weights; a later call loads them again."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        lora: str | Sequence[str | None] | None = None,
+    ) -> list[Result]:
+        """Generate for every prompt and return the results in the prompts' order.
+
+        A prompt is text, token ids, or a chat (a list of messages); one alone may be given without a list around it.
+        ``params`` and ``lora`` are for all prompts, or one each. A row that fails alone has ``error`` set. Raises
+        InputError for a prompt that cannot be used, naming its place in the list.
+        """
+        rows = _prompt_list(prompts)
+        each = _for_each(params if params is not None else SamplingParams(), len(rows), "params")
+        adapters = _for_each(lora, len(rows), "lora")
+        requests = [
+            _request(index, prompt, settings, adapter)
+            for index, (prompt, settings, adapter) in enumerate(zip(rows, each, adapters, strict=True))
+        ]
+        return self._run(self._tokenize(requests))
+
+    def score(self, pairs: Iterable[tuple[str, str]]) -> list[Score]:
+        """Score each (context, continuation): the log-probability of the continuation after the context.
+
+        Both are encoded together and split where the context's own encoding ends, as evaluation harnesses do. Raises
+        InputError if a context or a continuation is empty.
+        """
+        params = SamplingParams(max_tokens=0, echo=True, logprobs=1)
+        requests: list[TokenizedRequest] = []
+        splits: list[int] = []
+        for index, (context, continuation) in enumerate(pairs):
+            whole, start = self._encoder.encode_pair(context, continuation, f"pair {index}")
+            splits.append(start)
+            requests.append(TokenizedRequest(Request(str(index), params, prompt=whole), index, whole))
+        return [_score(result, start) for result, start in zip(self._run(requests), splits, strict=True)]
+
+    def stats(self) -> dict[str, Any]:
+        """What the calls so far cost: the command line's ``--stats``, without its counts of rows."""
+        if self._engine is None:
+            raise UsageError("stats: nothing has run yet: call generate or score first")
+        return self._engine.stats()
+
+    def _tokenize(self, requests: Sequence[Request]) -> list[TokenizedRequest]:
+        encoded = self._encoder.encode_all(requests)
+        for index, tokens in enumerate(encoded):
+            if isinstance(tokens, str):
+                raise InputError(f"prompt {index}: {tokens}")
+        return [
+            TokenizedRequest(request, index, tokens)
+            for index, (request, tokens) in enumerate(zip(requests, encoded, strict=True))
+            if not isinstance(tokens, str)
+        ]
+
+    def _run(self, requests: list[TokenizedRequest]) -> list[Result]:
+        if not requests:
+            return []
+        if self._engine is None:
+            self._engine = Engine(self._folder, self._codec, self._options, Workload.of(requests), self._progress)
+        results = {result.id: result for result in self._engine.run(requests)}
+        return [results[request.request.id] for request in requests]
+
+
+def _score(result: Result, start: int) -> Score:
+    if result.error is not None or result.logprobs is None:
+        reason = result.error.message if result.error is not None else "no log-probabilities"
+        raise InputError(f"pair {result.id}: {reason}")
+    values = [value for value in result.logprobs.token_logprobs[start:] if value is not None]
+    tokens = result.logprobs.tokens[start:]
+    greedy = all(
+        next(iter(top)) == token for token, top in zip(tokens, result.logprobs.top_logprobs[start:], strict=True)
+    )
+    return Score(sum(values), greedy, tokens, tuple(values))
+
+
+def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    rows = list(prompts)
+    if rows and isinstance(rows[0], int | Mapping):
+        return [rows]  # type: ignore[list-item]
+    return rows  # type: ignore[return-value]
+
+
+def _for_each(values: Any, count: int, name: str) -> list[Any]:
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        return [values] * count
+    if len(values) != count:
+        raise UsageError(f"{name}: {len(values)} values for {count} prompts: give one, or one each")
+    return list(values)
+
+
+def _request(index: int, prompt: Prompt, params: SamplingParams, lora: str | None) -> Request:
+    if isinstance(prompt, str):
+        return Request(str(index), params, prompt=prompt, lora=lora)
+    values = list(prompt)
+    if values and isinstance(values[0], Mapping):
+        return Request(str(index), replace(params), messages=tuple(values), lora=lora)  # type: ignore[arg-type]
+    return Request(str(index), params, prompt=tuple(values), lora=lora)  # type: ignore[arg-type]
+
+
+def _size(value: int | str | None) -> int | None:
+    return parse_size(value) if isinstance(value, str) else value
+
+
+def _shares(value: Shares | str | None, name: str) -> Shares | None:
+    return parse_shares(value, name) if isinstance(value, str) else value

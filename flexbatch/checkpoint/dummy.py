@@ -1,0 +1,70 @@
+"""Random weights of any model's shapes, the same in every run: for benchmarks, where only sizes matter.
+
+Knows shapes and names; scales are such that activations stay finite at any depth.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from flexbatch.checkpoint.locate import ModelFolder
+from flexbatch.checkpoint.tensors import DTYPE_NAMES, DTYPES, TensorEntry
+from flexbatch.models.spec import WeightTable
+
+# Random numbers of one tensor repeat after this many (a prime, so that no two rows are alike): a 175B model would
+# otherwise spend hours on them.
+_PERIOD = 1_000_003
+
+
+@dataclass(frozen=True, slots=True)
+class DummyCheckpoint:
+    """Weights made up on demand, each a pure function of its name, shape and dtype.
+
+    ``fan_in`` is the number of inputs of each matrix; tensors that are not in it are embeddings, norms or biases.
+    """
+
+    entries: Mapping[str, TensorEntry]
+    fingerprint: str
+    fan_in: Mapping[str, int]
+
+    def read(self, entry: TensorEntry) -> torch.Tensor:
+        """Return the tensor in its stored dtype and its own memory."""
+        count = math.prod(entry.shape)
+        seed = int.from_bytes(hashlib.blake2b(entry.name.encode(), digest_size=7).digest(), "little")
+        generator = torch.Generator().manual_seed(seed)
+        if len(entry.shape) == 1:
+            deviation, mean = 0.02, 1.0 if entry.name.endswith("weight") else 0.0
+        else:
+            deviation, mean = self.fan_in.get(entry.name, entry.shape[-1]) ** -0.5, 0.0
+        noise = torch.randn(min(count, _PERIOD), generator=generator) * deviation + mean
+        stored = noise.to(DTYPES[entry.dtype])
+        tensor = torch.empty(count, dtype=stored.dtype)
+        for start in range(0, count, _PERIOD):
+            size = min(_PERIOD, count - start)
+            tensor[start : start + size] = stored[:size]
+        return tensor.view(entry.shape)
+
+
+def dummy_checkpoint(folder: ModelFolder, table: WeightTable) -> DummyCheckpoint:
+    """Return random weights for every tensor of the table, in the dtype that the configuration names."""
+    dtype = getattr(torch, folder.shape.stored_dtype)
+    entries = {}
+    for name, shape in table.tensors().items():
+        nbytes = math.prod(shape) * dtype.itemsize
+        entries[name] = TensorEntry(name, DTYPE_NAMES[dtype], shape, None, 0, nbytes)
+    for absent, source in table.tied:
+        entries[absent] = entries[source]
+    fan_in = {
+        f"{group.prefix}{part.module}.weight": linear.in_features
+        for group in table.groups
+        for linear in group.linears
+        for part in linear.parts
+    }
+    text = "dummy\n" + json.dumps(folder.config, sort_keys=True)
+    return DummyCheckpoint(entries, hashlib.sha256(text.encode()).hexdigest(), fan_in)

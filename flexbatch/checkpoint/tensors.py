@@ -1,0 +1,44 @@
+"""What a checkpoint gives to the rest of the program: where each tensor lies, and a way to read it.
+
+Knows dtypes by their safetensors names; no file format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+DTYPES: dict[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""The stored dtypes that weights may have."""
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One stored tensor: ``nbytes`` bytes at ``offset`` of the file ``path`` (None: made up, see ``dummy``)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    path: Path | None
+    offset: int
+    nbytes: int
+
+
+class Checkpoint(Protocol):
+    """All tensors of a model, by the weight table's full names; tied names share one entry."""
+
+    @property
+    def entries(self) -> Mapping[str, TensorEntry]:
+        """Entry of every tensor of the table."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Stable hash of what decides the results: configuration, headers, sizes, samples of the contents."""
+
+    def read(self, entry: TensorEntry) -> torch.Tensor:
+        """Return the tensor in its stored dtype and its own memory (``entry.nbytes`` bytes)."""

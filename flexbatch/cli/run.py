@@ -1,0 +1,278 @@
+"""``flexbatch run``: one job from its input file to its complete output, or to a journal that the next run continues.
+
+Says in which order things happen; how each is done stands in ``jobs/`` (files), ``backend.py`` (the model) and the
+engine behind it. Everything that can be wrong is looked for before the weights are loaded.
+"""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flexbatch.cli.backend import Backend, EngineLike, resolved
+from flexbatch.cli.console import Console, print_error
+from flexbatch.cli.lines import LineWriter, invalid_line
+from flexbatch.cli.options import RunOptions
+from flexbatch.cli.progress import LoadMeter, RunMeter
+from flexbatch.cli.report import job_stats, plan_summary, write_stats
+from flexbatch.cli.signals import Interrupted, Stop, interruptible
+from flexbatch.errors import ExitCode, InternalError, UsageError
+from flexbatch.jobs.durable import disk_error
+from flexbatch.jobs.identity import JobIdentity
+from flexbatch.jobs.journal import Journal
+from flexbatch.jobs.output import CompletedJob, check_distinct, check_place, part_path, recall, remember
+from flexbatch.jobs.rows import JobInput, Row, read_rows, require_valid
+from flexbatch.options import EngineOptions
+from flexbatch.requests import TokenizedRequest
+from flexbatch.units import format_duration
+
+if TYPE_CHECKING:
+    from flexbatch.checkpoint.locate import ModelFolder
+    from flexbatch.text.codec import TextCodec
+
+
+def run_job(options: RunOptions, backend: Backend, command: Sequence[str]) -> ExitCode:
+    """Do the job, or what is left of it, and return DONE or ROWS_FAILED.
+
+    An interruption returns its exit code after saying how ``command``, the words that started this run, goes on.
+    Raises FlexbatchError; rows finished until then are kept, and a note on the error says so.
+    """
+    job = _Job(options, backend)
+    try:
+        with interruptible() as stop:
+            return job.run(stop)
+    except Interrupted as interrupted:
+        job.close()
+        kept = f"; {job.kept()}" if job.kept() else ""
+        print_error(f"flexbatch: interrupted{kept}; continue with:\n  {job.resume_command(command)}")
+        return interrupted.exit_code
+    except Exception as error:
+        if job.kept():
+            error.add_note(f"{job.kept()}: the same command goes on from there")
+        raise
+    finally:
+        job.close()
+
+
+class _Job:
+    def __init__(self, options: RunOptions, backend: Backend) -> None:
+        self._options = options
+        self._backend = backend
+        self._console = Console(quiet=options.quiet)
+        self._part = part_path(options.output)
+        self._journal: Journal | None = None
+        self._rows: Sequence[Row] = ()
+        self._resumed = 0
+        self._begun = False
+
+    def close(self) -> None:
+        if self._journal is not None:
+            self._journal.close()
+
+    def kept(self) -> str:
+        """Say which rows of this job survive its end, if any do."""
+        if not self._begun or self._journal is None or self._journal.rows_done == 0 or not self._part.exists():
+            return ""
+        return f"{self._journal.rows_done} of {len(self._rows)} rows are kept in {self._part}"
+
+    def resume_command(self, command: Sequence[str]) -> str:
+        """Return the command that continues this job: once it has begun, ``--overwrite`` would start anew."""
+        words = [word for word in command if word != "--overwrite" or not self._begun]
+        return shlex.join(words) + ("  (with the same rows on stdin)" if self._options.input == "-" else "")
+
+    def run(self, stop: Stop) -> ExitCode:
+        options = self._options
+        self._check_places()
+        job_input = read_rows(options.input, options.params)
+        self._rows = job_input.rows
+        if not options.skip_invalid:
+            require_valid(job_input.name, self._rows)
+        completed = self._completed()
+        if completed is None:
+            ids = [row.id if row.error is None else None for row in self._rows]
+            self._journal = Journal(self._part, ids, fresh=options.overwrite)
+        folder = self._backend.locate(options.model, dummy=options.dummy_weights)
+        for warning in folder.warnings:
+            self._console.warn(warning)
+        identity = self._identity(job_input, folder)
+        if completed is not None:
+            return self._report_completed(completed, identity)
+        assert self._journal is not None
+        self._journal.require_same(identity)
+        if self._journal.identity is not None:
+            identity = identity.adopt(self._journal.identity)
+        codec = self._backend.codec(folder)
+        requests = self._encode(job_input, folder, codec)
+        pending = [request for request in requests if not self._journal.is_done(request.index)]
+        if pending and not options.overwrite and options.output.exists():
+            raise UsageError(f"{options.output} exists, but {self._part} is not finished: remove one of the two")
+        started = time.monotonic()
+        if pending:
+            with closing(self._open_engine(folder, codec, identity, pending)) as engine:
+                identity = replace(identity, resolved=resolved(engine.plan.to_json()))
+                self._begin(identity)
+                self._generate(engine, pending, LineWriter(folder.name, codec), stop)
+                return self._finish(identity, engine, time.monotonic() - started)
+        self._begin(identity)
+        return self._finish(identity, None, time.monotonic() - started)
+
+    # --- before the model is loaded ----------------------------------------------------------------------------
+
+    def _check_places(self) -> None:
+        options = self._options
+        if str(options.output) == "-":
+            raise UsageError("--output -: results cannot go to stdout, for an interrupted job continues from its file")
+        places = {"--output": options.output, "--stats": options.stats, "--trace": options.trace}
+        given = {option: place for option, place in places.items() if place is not None}
+        for option, place in given.items():
+            check_place(option, place)
+        inputs = {} if options.input == "-" else {"--input": Path(options.input)}
+        check_distinct({**inputs, **given, f"the journal of --output {options.output}": self._part})
+
+    def _completed(self) -> CompletedJob | None:
+        """Return the job that made the output if it is complete; None if there is something to do."""
+        output = self._options.output
+        journalled = self._part.exists() and self._part.stat().st_size > 0
+        if self._options.overwrite or journalled or not output.exists():
+            return None
+        completed = recall(output)
+        if completed is None:
+            raise UsageError(f"--output {output}: exists: choose another name, or replace it with --overwrite")
+        return completed
+
+    def _report_completed(self, completed: CompletedJob, identity: JobIdentity) -> ExitCode:
+        output = self._options.output
+        if found := identity.differences(completed.identity):
+            remedy = "choose another name, or replace it with --overwrite"
+            raise UsageError(f"--output {output}: exists, from a job that differs in {', '.join(found)}: {remedy}")
+        self._console.say(f"{output} is already complete: {completed.rows} rows, {completed.failed} failed")
+        return ExitCode.ROWS_FAILED if completed.failed else ExitCode.DONE
+
+    def _identity(self, job_input: JobInput, folder: ModelFolder) -> JobIdentity:
+        options, params = self._options, self._options.params
+        settings = {
+            "max_tokens": params.max_tokens,
+            "temperature": float(params.temperature),
+            "top_p": float(params.top_p),
+            "top_k": params.top_k,
+            "seed": params.run_seed,
+            "stop": list(params.stop),
+            "logprobs": params.logprobs,
+            "ignore_eos": params.ignore_eos,
+            "chat": options.chat,
+            "chat_template": options.template,
+            "dummy_weights": options.dummy_weights,
+        }
+        engine = options.engine
+        asked = {
+            "dtype": None if engine.dtype == "auto" else engine.dtype,
+            "weight_bits": engine.weight_bits,
+            "kv_bits": engine.kv_bits,
+        }
+        return JobIdentity(folder.name, self._backend.fingerprint(folder), job_input.digest, settings, asked)
+
+    def _encode(self, job_input: JobInput, folder: ModelFolder, codec: TextCodec | None) -> list[TokenizedRequest]:
+        """Encode all prompts; rows that the model cannot take become invalid ones."""
+        options = self._options
+        valid = [row for row in self._rows if row.request is not None]
+        requests = [row.request for row in valid if row.request is not None]
+        encoded = self._backend.encode(folder, codec, requests, chat=options.chat, template=options.template)
+        rows = list(self._rows)
+        tokenized: list[TokenizedRequest] = []
+        for row, request, tokens in zip(valid, requests, encoded, strict=True):
+            if codec is None and request.params.stop:
+                tokens = "stop needs a tokenizer, and the model's folder has none"
+            if isinstance(tokens, str):
+                rows[row.index] = row.failed(tokens)
+            else:
+                tokenized.append(TokenizedRequest(request, row.index, tokens))
+        self._rows = rows
+        if not options.skip_invalid:
+            require_valid(job_input.name, rows)
+        return tokenized
+
+    # --- with the model ----------------------------------------------------------------------------------------
+
+    def _open_engine(
+        self, folder: ModelFolder, codec: TextCodec | None, identity: JobIdentity, pending: Sequence[TokenizedRequest]
+    ) -> EngineLike:
+        options = self._options
+        meter = LoadMeter(self._console)
+        engine_options = _pinned(options.engine, identity)
+        with closing(meter):
+            engine = self._backend.engine(
+                folder, codec, engine_options, pending, meter, trace=options.trace is not None
+            )
+        self._console.say(plan_summary(engine.plan.to_json()))
+        return engine
+
+    def _begin(self, identity: JobIdentity) -> None:
+        """Make the journal ready. From here on an output of an earlier job is gone."""
+        assert self._journal is not None
+        if self._options.overwrite:
+            try:
+                self._options.output.unlink(missing_ok=True)
+            except OSError as error:
+                raise disk_error(error, self._options.output) from None
+        self._journal.begin(identity)
+        self._begun = True
+        self._resumed = self._journal.rows_done
+
+    def _generate(
+        self, engine: EngineLike, pending: Sequence[TokenizedRequest], writer: LineWriter, stop: Stop
+    ) -> None:
+        assert self._journal is not None
+        by_id = {request.request.id: request for request in pending}
+        shares = {request.index: len(request.token_ids) + request.request.params.max_tokens for request in pending}
+        if self._resumed:
+            self._console.say(f"going on from {self._part}: {self._resumed} of {len(self._rows)} rows are done")
+        planned = list(shares.values())
+        with RunMeter(self._console, engine.snapshot, planned, rows=len(self._rows), done=self._resumed) as meter:
+            for result in engine.run(pending):
+                request = by_id.pop(result.id)
+                line = writer.line(self._rows[request.index], request, result)
+                with stop.held():
+                    self._journal.append(request.index, line, failed=result.error is not None)
+                meter.finished(shares[request.index], result.prompt_tokens + result.completion_tokens)
+                stop.check()
+        if by_id:
+            raise InternalError(f"the engine gave no result for {len(by_id)} rows, such as {next(iter(by_id))!r}")
+
+    # --- afterwards --------------------------------------------------------------------------------------------
+
+    def _finish(self, identity: JobIdentity, engine: EngineLike | None, seconds: float) -> ExitCode:
+        assert self._journal is not None
+        options, journal = self._options, self._journal
+        fixed = {row.index: invalid_line(row) for row in self._rows if row.error is not None}
+        failed = journal.rows_failed + len(fixed)
+        journal.write_output(options.output, fixed)
+        remember(options.output, identity, len(self._rows), failed)
+        journal.remove()
+        stats = job_stats(engine, rows=len(self._rows), failed=failed, resumed=self._resumed)
+        if options.stats is not None:
+            write_stats(options.stats, stats)
+        if options.trace is not None and engine is not None:
+            try:
+                engine.write_trace(options.trace)
+            except OSError as error:
+                raise disk_error(error, options.trace) from None
+        tokens, rate = stats["completion_tokens"], stats["throughput_tok_s"]
+        speed = f"{tokens} tokens in {format_duration(seconds)}, {rate:.1f} tokens/s"
+        self._console.say(f"{options.output}: {len(self._rows)} rows, {failed} failed; {speed}")
+        return ExitCode.ROWS_FAILED if failed else ExitCode.DONE
+
+
+def _pinned(options: EngineOptions, identity: JobIdentity) -> EngineOptions:
+    # A run that continues a journal keeps what `auto` became in the run that began it.
+    chosen = identity.resolved
+    return replace(
+        options,
+        dtype=chosen["dtype"] or "auto",
+        weight_bits=chosen["weight_bits"],
+        kv_bits=chosen["kv_bits"],
+    )

@@ -1,0 +1,249 @@
+"""Attention of ragged batches over a paged KV cache: batched products over pages, no loop over decoding tokens.
+
+Decoding rows (one token each) are computed together: every page is one small matrix product with the queries of its
+sequence, and the pages' partial softmaxes are merged as in FlashAttention (Dao et al., 2022) and its split-K variant.
+Prompt chunks go one by one through torch's fused kernel. A device that has kernels of its own (``kernels.paged``) gives
+all of it to them. Knows nothing of sequences; it sees index tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+
+from flexbatch.kernels.paged import PagedQueries, attend_paged, has_kernels, index_queries
+
+_CPU = torch.device("cpu")
+_GAP = 2  # up to so many pages of others between two of ours are computed along and dropped: cheaper than a new run
+_PAGES_PER_RUN = 3  # runs shorter than this on average are not worth a call each: the pages are gathered instead
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Queries of one sequence: rows ``row .. row + count``, at positions ``start ..``, over its ``pages``."""
+
+    row: int
+    count: int
+    start: int
+    pages: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class PageBatch:
+    """Rows of one token each, and the N pages they attend to.
+
+    ``rows`` int64 [B]; ``owner`` int64 [N]: which of the B rows a page belongs to (B: nobody's); ``bias`` [N, 1, 1, P]
+    is 0 for visible positions, -inf elsewhere; ``table`` int64 [B, M]: places of a row's pages in N, filled with N.
+    The pages are read in place, as ``runs`` (first page of the pool, first place in N, number of pages), or they are
+    gathered first: ``gather`` int64 [N].
+    """
+
+    rows: Tensor
+    owner: Tensor
+    bias: Tensor
+    table: Tensor
+    runs: tuple[tuple[int, int, int], ...]
+    gather: Tensor | None
+
+    def to(self, device: torch.device) -> PageBatch:
+        """The same with its tensors on ``device``."""
+        return replace(
+            self,
+            rows=self.rows.to(device, non_blocking=True),
+            owner=self.owner.to(device, non_blocking=True),
+            bias=self.bias.to(device, non_blocking=True),
+            table=self.table.to(device, non_blocking=True),
+            gather=None if self.gather is None else self.gather.to(device, non_blocking=True),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionBatch:
+    """Everything about one micro-batch that attention needs in every layer with the same window.
+
+    Either ``paged``, for the kernels of a device that has some, or ``spans`` and ``pages``, for this module's products.
+    """
+
+    spans: tuple[Span, ...]
+    pages: PageBatch | None
+    window: int | None
+    paged: tuple[PagedQueries, ...] = ()
+
+    def to(self, device: torch.device) -> AttentionBatch:
+        """The same with its tensors on ``device``, copied on its current stream."""
+        pages = None if self.pages is None else self.pages.to(device)
+        return replace(self, pages=pages, paged=tuple(queries.to(device) for queries in self.paged))
+
+
+def prepare(
+    spans: Sequence[Span], page_tokens: int, window: int | None, dtype: torch.dtype, device: torch.device = _CPU
+) -> AttentionBatch:
+    """Build the index tensors for ``spans``; ``window``: how many recent positions, its own included, a token sees.
+
+    They are of the form that ``device`` wants, but still on the CPU: ``to`` takes them there, once a micro-batch.
+    """
+    singles = [span for span in spans if span.count == 1]
+    chunks = tuple(span for span in spans if span.count > 1)
+    if has_kernels(device):
+        groups = [group for group in (singles, chunks) if group]
+        return AttentionBatch((), None, window, tuple(_paged(group, page_tokens, window) for group in groups))
+    return AttentionBatch(chunks, _page_batch(singles, page_tokens, window, dtype) if singles else None, window)
+
+
+def attend(batch: AttentionBatch, layer: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Causal attention of a micro-batch, whose own k and v are already stored in ``layer``.
+
+    q [T, heads, D]; k, v [T, kv_heads, D]; layer [pages, kv_heads, 2, P, D] -> [T, heads, D]. Scratch memory: the
+    scores of all pages, the gathered pages where they do not lie together, and one chunk's context.
+    """
+    if batch.paged:
+        return attend_paged(batch.paged, layer, q, scale)
+    out = torch.empty_like(q)
+    if batch.pages is not None:
+        out[batch.pages.rows] = _attend_pages(batch.pages, layer, q[batch.pages.rows], scale)
+    for span in batch.spans:
+        rows = slice(span.row, span.row + span.count)
+        out[rows] = _attend_chunk(span, layer, q[rows], k[rows], v[rows], scale, batch.window)
+    return out
+
+
+def _attend_chunk(
+    span: Span, layer: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
+) -> Tensor:
+    stop = span.start + span.count
+    grouped = q.shape[1] != k.shape[1]
+    mask: Tensor | None = None
+    if span.start == 0:
+        keys, values = k.transpose(0, 1), v.transpose(0, 1)  # [KV, L, D]
+        first = 0
+    else:
+        size = layer.shape[3]
+        page = 0 if window is None else max(0, span.start - window + 1) // size
+        first = page * size
+        pages = torch.tensor(span.pages[page : -(-stop // size)], device=q.device)
+        context = layer.index_select(0, pages).permute(2, 1, 0, 3, 4).flatten(2, 3)  # [2, KV, n * P, D]
+        keys, values = context[:, :, : stop - first]
+    if span.start > 0 or (window is not None and stop > window):
+        queries_at = torch.arange(span.start, stop, device=q.device).unsqueeze(1)
+        keys_at = torch.arange(first, stop, device=q.device)
+        mask = keys_at <= queries_at
+        if window is not None:
+            mask &= keys_at > queries_at - window
+    attended = functional.scaled_dot_product_attention(
+        q.transpose(0, 1).unsqueeze(0),
+        keys.unsqueeze(0),
+        values.unsqueeze(0),
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=grouped,
+    )
+    return attended[0].transpose(0, 1)
+
+
+def _attend_pages(batch: PageBatch, layer: Tensor, q: Tensor, scale: float) -> Tensor:
+    total_rows, heads, dim = q.shape
+    kv_heads, size = layer.shape[1], layer.shape[3]
+    group = heads // kv_heads
+    number = batch.owner.shape[0]
+    pool = layer if batch.gather is None else layer.index_select(0, batch.gather)
+    flat = pool.view(-1, 2, size, dim)  # [pages * KV, 2, P, D]
+    queries = torch.cat([q * scale, q.new_zeros(1, heads, dim)]).index_select(0, batch.owner)
+    queries = queries.view(number * kv_heads, group, dim)
+    flat_scores = q.new_empty(number * kv_heads, group, size)
+    for first, place, count in batch.runs:
+        ours, theirs = _rows(place, count, kv_heads), _rows(first, count, kv_heads)
+        torch.bmm(queries[ours], flat[theirs, 0].transpose(1, 2), out=flat_scores[ours])
+    scores = flat_scores.view(number, kv_heads, group, size).add_(batch.bias)
+    highest = scores.amax(-1)  # [N, KV, G]
+    weights = scores.sub_(highest.unsqueeze(-1)).exp_()
+    flat_partial = torch.empty_like(queries)
+    for first, place, count in batch.runs:
+        ours, theirs = _rows(place, count, kv_heads), _rows(first, count, kv_heads)
+        torch.bmm(flat_scores[ours], flat[theirs, 1], out=flat_partial[ours])
+    partial = flat_partial.view(number, kv_heads, group, dim)
+
+    # Merge the pages of each row: rescale every page to the row's maximum, add up, divide once.
+    padded = torch.cat([highest, highest.new_full((1, kv_heads, group), -torch.inf)])
+    row_highest = torch.cat([padded[batch.table].amax(1), padded.new_zeros(1, kv_heads, group)])
+    factor = highest.sub_(row_highest.index_select(0, batch.owner)).exp_()
+    total = q.new_zeros(total_rows + 1, kv_heads, group).index_add_(0, batch.owner, weights.sum(-1).mul_(factor))
+    attended = q.new_zeros(total_rows + 1, kv_heads, group, dim)
+    attended.index_add_(0, batch.owner, partial.mul_(factor.unsqueeze(-1)))
+    return attended[:total_rows].div_(total[:total_rows].unsqueeze(-1)).view(total_rows, heads, dim)
+
+
+def _rows(first: int, count: int, kv_heads: int) -> slice:
+    return slice(first * kv_heads, (first + count) * kv_heads)
+
+
+def _paged(spans: Sequence[Span], page_tokens: int, window: int | None) -> PagedQueries:
+    return index_queries(
+        rows=[span.row for span in spans],
+        starts=[span.start for span in spans],
+        counts=[span.count for span in spans],
+        tables=[span.pages for span in spans],
+        page_tokens=page_tokens,
+        window=window,
+    )
+
+
+def _page_batch(singles: Sequence[Span], size: int, window: int | None, dtype: torch.dtype) -> PageBatch:
+    owned: list[tuple[int, int, int, int]] = []  # page, row, first visible offset, end of the visible offsets
+    for row, span in enumerate(singles):
+        stop = span.start + 1
+        lowest = 0 if window is None else max(0, stop - window)
+        for place in range(lowest // size, -(-stop // size)):
+            base = place * size
+            owned.append((span.pages[place], row, max(0, lowest - base), min(size, stop - base)))
+    owned.sort()
+    ids = [page for page, *_ in owned]
+    runs, places = _runs(ids)
+    gather: Tensor | None = None
+    if len(set(ids)) < len(ids) or len(runs) * _PAGES_PER_RUN > len(ids) + _PAGES_PER_RUN:
+        gather = torch.tensor(ids)
+        runs, places = [(0, 0, len(ids))], list(range(len(ids)))
+    number = runs[-1][1] + runs[-1][2]
+
+    owner = torch.full((number,), len(singles), dtype=torch.long)
+    owner[places] = torch.tensor([row for _, row, _, _ in owned])
+    begin = torch.zeros(number, dtype=torch.long)
+    begin[places] = torch.tensor([low for _, _, low, _ in owned])
+    end = torch.full((number,), size, dtype=torch.long)  # a page that is nobody's stays finite; its result is dropped
+    end[places] = torch.tensor([high for _, _, _, high in owned])
+    offsets = torch.arange(size)
+    visible = (offsets >= begin.unsqueeze(1)) & (offsets < end.unsqueeze(1))
+    bias = torch.zeros(number, size, dtype=dtype).masked_fill_(~visible, -torch.inf)
+
+    per_row: list[list[int]] = [[] for _ in singles]
+    for place, (_, row, _, _) in zip(places, owned, strict=True):
+        per_row[row].append(place)
+    longest = max(len(row) for row in per_row)
+    table = torch.tensor([row + [number] * (longest - len(row)) for row in per_row])
+    return PageBatch(
+        rows=torch.tensor([span.row for span in singles]),
+        owner=owner,
+        bias=bias.view(number, 1, 1, size),
+        table=table,
+        runs=tuple(runs),
+        gather=gather,
+    )
+
+
+def _runs(ids: Sequence[int]) -> tuple[list[tuple[int, int, int]], list[int]]:
+    """Join sorted page ids to runs (first page, first place, pages), small gaps included; and the place of each id."""
+    runs: list[tuple[int, int, int]] = []
+    places: list[int] = []
+    for page in ids:
+        if runs and page - (runs[-1][0] + runs[-1][2]) <= _GAP:
+            first, place, _ = runs[-1]
+            runs[-1] = (first, place, page - first + 1)
+        else:
+            place = runs[-1][1] + runs[-1][2] if runs else 0
+            runs.append((page, place, 1))
+        places.append(runs[-1][1] + page - runs[-1][0])
+    return runs, places

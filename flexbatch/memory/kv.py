@@ -1,0 +1,103 @@
+"""The paged KV cache on every tier: pools in RAM and on the GPU, a spill file on disk, and lanes between them.
+
+A page holds ``page_tokens`` tokens of one layer, [kv_heads, 2, page_tokens, head_dim], so that the keys (or values) of
+any run of pages are one batch of matrices with a single stride: a batched product reads them where they are. Which
+sequence holds which page is not its concern.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flexbatch.memory.spill import SpillFile
+
+Allocate = Callable[[int], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class PageShape:
+    """What a page of one layer looks like."""
+
+    kv_heads: int
+    page_tokens: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a page of one layer."""
+        return self.kv_heads * 2 * self.page_tokens * self.head_dim * self.dtype.itemsize
+
+    def view(self, raw: Tensor) -> Tensor:
+        """uint8 [n * nbytes] -> [n, kv_heads, 2, page_tokens, head_dim]."""
+        return raw.view(self.dtype).view(-1, self.kv_heads, 2, self.page_tokens, self.head_dim)
+
+
+@dataclass(frozen=True, slots=True)
+class StagedPage:
+    """A page of a micro-batch that travels: its id in its pool, whether anything is in it yet, or is written to it."""
+
+    page: int
+    filled: bool
+    dirty: bool
+
+
+class KVPool:
+    """Pages of all layers in directly addressable memory.
+
+    Fresh memory must read as zeros, never as NaN: a masked position has weight 0, and 0 times NaN would still be NaN.
+    """
+
+    def __init__(self, shape: PageShape, num_layers: int, num_pages: int, allocate: Allocate) -> None:
+        self.num_pages = num_pages
+        self._layers = [shape.view(allocate(num_pages * shape.nbytes)) for _ in range(num_layers)]
+
+    def layer(self, index: int) -> Tensor:
+        """The pool of one layer, [pages, kv_heads, 2, page_tokens, head_dim]."""
+        return self._layers[index]
+
+
+class DiskPages:
+    """Pages of all layers in a spill file; ``shape.nbytes`` is a multiple of its block."""
+
+    def __init__(self, shape: PageShape, num_pages: int, file: SpillFile, base: int) -> None:
+        self._shape = shape
+        self._num_pages = num_pages
+        self._file = file
+        self._base = base
+
+    def read(self, layer: int, lane: Tensor, staged: list[StagedPage]) -> None:
+        """Fill the lane's places with the staged pages that hold anything."""
+        self._file.read_many(self._parts(layer, lane, staged, lambda page: page.filled))
+
+    def write(self, layer: int, lane: Tensor, staged: list[StagedPage]) -> None:
+        """Write the staged pages that were written to."""
+        self._file.write_many(self._parts(layer, lane, staged, lambda page: page.dirty))
+
+    def _parts(
+        self, layer: int, lane: Tensor, staged: list[StagedPage], wanted: Callable[[StagedPage], bool]
+    ) -> list[tuple[int, Tensor]]:
+        size = self._shape.nbytes
+        return [
+            (
+                self._base + (layer * self._num_pages + page.page) * size,
+                lane[place * size : (place + 1) * size],
+            )
+            for place, page in enumerate(staged)
+            if wanted(page)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class KVMemory:
+    """All of a run's KV memory. ``host_lanes`` and ``gpu_lanes`` are uint8 buffers for pages on their way."""
+
+    shape: PageShape
+    pools: Mapping[str, KVPool]
+    disk: DiskPages | None
+    host_lanes: list[Tensor]
+    gpu_lanes: list[Tensor]

@@ -1,0 +1,26 @@
+"""The weights of one group as operands of products, wherever their bytes rest. Knows no wiring and no schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """One linear: parts [out_i, in] whose outputs stand side by side, in the type they rest in; bias [out]."""
+
+    parts: tuple[Tensor, ...]
+    bias: Tensor | None
+
+
+@dataclass(slots=True)
+class GroupWeights:
+    """What one visit of a sweep needs: ``linears`` by name, ``vectors`` in compute ``dtype``, look-up ``tables``."""
+
+    dtype: torch.dtype
+    linears: dict[str, Operand] = field(default_factory=dict)
+    vectors: dict[str, Tensor] = field(default_factory=dict)
+    tables: dict[str, Tensor] = field(default_factory=dict)

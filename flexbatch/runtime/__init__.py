@@ -1,0 +1,1 @@
+"""Carries plans out: executes Steps, runs sweeps, and is the engine that the surface talks to."""

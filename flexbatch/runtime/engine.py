@@ -1,0 +1,382 @@
+"""The engine: rows in, results out, in the order they finish. It joins plan, scheduler, sweeps and text.
+
+It knows no files and no formats; jobs, the command line and the Python API stand on top of it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from flexbatch.checkpoint.locate import ModelFolder
+from flexbatch.checkpoint.reader import open_checkpoint
+from flexbatch.kernels.rotary import RotaryTable
+from flexbatch.kernels.sampling import NO_TOKEN
+from flexbatch.memory.direct import DirectReader
+from flexbatch.memory.kv import KVMemory, PageShape
+from flexbatch.memory.spill import SpillFile
+from flexbatch.models.registry import family_of
+from flexbatch.models.spec import model_size
+from flexbatch.options import EngineOptions
+from flexbatch.policy.placement import LANES, place
+from flexbatch.policy.plan import Plan
+from flexbatch.policy.weights import WeightPlacement
+from flexbatch.policy.workload import Workload
+from flexbatch.requests import FinishReason, Result, RowError, TokenizedRequest, TokenLogprobs
+from flexbatch.runtime.allocator import keep_freed_blocks
+from flexbatch.runtime.hardware import peak_rss, product_rate
+from flexbatch.runtime.hidden import HiddenMoves
+from flexbatch.runtime.micro_batch import Readout
+from flexbatch.runtime.setup import allocate_kv, machine_for, open_device
+from flexbatch.runtime.sweep_runner import SweepRunner
+from flexbatch.runtime.trace import Trace
+from flexbatch.runtime.weight_store import Progress, WeightStore, unit_sizes, units_of
+from flexbatch.scheduler.lowering import Routes
+from flexbatch.scheduler.pages import PageAllocator
+from flexbatch.scheduler.scheduler import Scheduler
+from flexbatch.scheduler.sequence import Sequence
+from flexbatch.scheduler.steps import Step
+from flexbatch.scheduler.sweep import Slice, Sweep
+from flexbatch.text.codec import TextCodec
+from flexbatch.text.stops import TextStream
+from flexbatch.units import MIB
+
+_KEPT = 256 * MIB  # freed memory that a process may keep for its next product
+
+
+@dataclass(slots=True)
+class RunProgress:
+    """How far a run is; token counts are those computed so far, of finished and running rows."""
+
+    rows_done: int = 0
+    rows_failed: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    linear_flops: int = 0
+    attention_flops: int = 0
+    preemptions: int = 0
+
+
+class Engine:
+    """One loaded model, ready to run rows.
+
+    Opening it plans for ``workload`` and loads the weights; ``codec`` may be None for rows of token ids. Raises
+    DoesNotFitError if the plan does not fit the budgets, ModelError if the weights cannot be read, UsageError for
+    options that this machine cannot follow.
+    """
+
+    def __init__(
+        self,
+        folder: ModelFolder,
+        codec: TextCodec | None,
+        options: EngineOptions,
+        workload: Workload,
+        progress: Progress | None = None,
+        *,
+        trace: bool = False,
+        delays: Callable[[Step], float] | None = None,
+    ) -> None:
+        started = time.perf_counter()
+        self._delays = delays
+        self._folder = folder
+        self._codec = codec
+        self._options = options
+        self._shape = folder.shape
+        self._family = family_of(folder.shape)
+        table = self._family.table(folder.shape)
+        self._size = model_size(folder.shape, table)
+        checkpoint = open_checkpoint(folder, table)
+        units = units_of(table, checkpoint, folder.shape.vocab_size)
+        self._units = unit_sizes(units)
+        self._device = open_device(options)
+        self._machine = machine_for(options, self._device, folder.shape.stored_dtype)
+        self.plan, placement = self._place(workload)
+        self._reader = DirectReader(rate=options.rates.get("disk_read"))
+        self._weights = WeightStore(
+            table,
+            checkpoint,
+            units,
+            placement.tiers,
+            self._device,
+            self._reader,
+            held=getattr(torch, self.plan.weights_dtype),
+            compute=getattr(torch, self.plan.dtype),
+            host_slots=self.plan.host_slots,
+            gpu_slots=self.plan.gpu_slots,
+            progress=progress,
+        )
+        keep_freed_blocks(min(_KEPT, self.plan.memory[self._machine.compute].working))
+        self._loaded_bytes = sum(entry.nbytes for entry in {id(e): e for e in checkpoint.entries.values()}.values())
+        rope = folder.shape.rope
+        self._rotary = None if rope is None else RotaryTable(rope, self._device.torch_device)
+        self._kv: KVMemory | None = None
+        self._spill: SpillFile | None = None
+        self._trace = Trace(keep=trace)
+        self._progress = RunProgress()
+        self._load_s = time.perf_counter() - started
+        self._generate_s = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of weights, KV cache and spill file, and end all threads."""
+        self._drop_kv()
+        self._reader.close()
+        self._device.close()
+
+    def run(self, requests: SequenceOf[TokenizedRequest]) -> Iterator[Result]:
+        """Yield a Result for every request as it finishes. Rows that cannot fit the KV cache alone are error rows."""
+        workload = Workload.of(requests)
+        self._replan(workload)
+        pages = {tier: PageAllocator(count) for tier, count in self.plan.kv_pages.items()}
+        scheduler = Scheduler(self.plan, pages)
+        yield from self._queue(scheduler, requests)
+        runner = self._runner()
+        try:
+            yield from self._sweeps(scheduler, runner)
+        finally:
+            runner.close()
+        for pool in pages.values():
+            pool.check_idle()
+
+    def _sweeps(self, scheduler: Scheduler, runner: SweepRunner) -> Iterator[Result]:
+        """Sweep until nothing is left, and yield the rows that each sweep finishes."""
+        streams: dict[int, TextStream] = {}
+        while True:
+            started = time.perf_counter()
+            sweep = scheduler.next_sweep()
+            if sweep is None:
+                return
+            read = runner.run(sweep, more=scheduler.continues)
+            scheduler.computed(sweep)
+            self._count(sweep, read)
+            finished = [piece.sequence for piece, readout in read if self._advance(piece, readout, streams)]
+            for sequence in finished:
+                scheduler.retire(sequence)
+            self._progress.preemptions = scheduler.preemptions
+            results = [self._result(sequence, streams) for sequence in finished]
+            self._generate_s += time.perf_counter() - started
+            yield from results
+
+    def snapshot(self) -> RunProgress:
+        """How far the run is."""
+        return self._progress
+
+    def stats(self) -> dict[str, Any]:
+        """The contract's stats, without the counts of rows, which the job knows."""
+        done = self._progress
+        spilled = (0, 0) if self._spill is None else (self._spill.bytes_read, self._spill.bytes_written)
+        rate = product_rate(getattr(torch, self.plan.dtype))
+        flops = done.linear_flops + done.attention_flops
+        return {
+            "prompt_tokens": done.prompt_tokens,
+            "completion_tokens": done.completion_tokens,
+            "preemptions": done.preemptions,
+            "load_s": self._load_s,
+            "generate_s": self._generate_s,
+            "throughput_tok_s": done.completion_tokens / self._generate_s if self._generate_s else 0.0,
+            "peak_bytes": {
+                "gpu": self._device.gpu_peak,
+                "cpu": peak_rss(),
+                "disk": self._spill.nbytes if self._spill is not None else 0,
+            },
+            "moved_bytes": {
+                "h2d": self._device.moved["h2d"],
+                "d2h": self._device.moved["d2h"],
+                "disk_read": self._loaded_bytes + self._reader.bytes_read + spilled[0],
+                "disk_write": spilled[1],
+            },
+            "busy_s": dict(self._trace.busy_s),
+            "step_s": dict(self._trace.kind_s),
+            "flops": {"linear": done.linear_flops, "attention": done.attention_flops, "rate": rate},
+            "roofline_s": flops / rate,
+            "plan": self.plan.to_json(),
+        }
+
+    def write_trace(self, path: Path) -> None:
+        """Write the Chrome trace of all sweeps so far."""
+        self._trace.write(path)
+
+    # --- parts of a run ----------------------------------------------------------------------------------------
+
+    def _place(self, workload: Workload) -> tuple[Plan, WeightPlacement]:
+        return place(
+            self._folder.name,
+            self._size,
+            self._units,
+            workload,
+            self._options,
+            self._machine,
+            stored_dtype=self._shape.stored_dtype,
+        )
+
+    def _replan(self, workload: Workload) -> None:
+        """Plan for these rows; the weights stay where they are."""
+        plan, _ = self._place(workload)
+        kept = ("weights", "weights_dtype", "host_slots", "gpu_slots")
+        plan = replace(plan, **{name: getattr(self.plan, name) for name in kept})
+        if (dict(plan.kv_pages), plan.page_tokens) != (dict(self.plan.kv_pages), self.plan.page_tokens):
+            self._drop_kv()
+        self.plan = plan
+
+    def _drop_kv(self) -> None:
+        self._kv = None
+        if self._spill is not None:
+            self._spill.close()
+            self._spill = None
+
+    def _runner(self) -> SweepRunner:
+        routes = Routes(
+            num_layers=self._shape.num_layers,
+            compute=self._device.compute,
+            reads=self._weights.reads,
+            uploads=self._weights.uploads,
+            host_slots=self.plan.host_slots,
+            gpu_slots=self.plan.gpu_slots,
+            gather=self._weights.gather_on,
+            cpu_attention=self._options.cpu_attention is not False,
+            lanes=LANES,
+        )
+        page = PageShape(
+            self._shape.num_kv_heads, self.plan.page_tokens, self._shape.head_dim, getattr(torch, self.plan.dtype)
+        )
+        if self._kv is None:
+            self._spill, self._kv = allocate_kv(
+                self.plan, page, self._shape.num_layers, routes, self._device, self._options
+            )
+        hidden_base = self.plan.kv_pages.get("disk", 0) * page.nbytes * self._shape.num_layers
+        return SweepRunner(
+            shape=self._shape,
+            family=self._family,
+            weights=self._weights,
+            kv=self._kv,
+            hidden=HiddenMoves(self._device, self._spill, hidden_base),
+            rotary=self._rotary,
+            plan=self.plan,
+            routes=routes,
+            device=self._device,
+            trace=self._trace,
+            delays=self._delays,
+        )
+
+    def _queue(self, scheduler: Scheduler, requests: SequenceOf[TokenizedRequest]) -> Iterator[Result]:
+        """Queue what has to be computed; yield at once what has not: rows that ask for nothing, or that cannot fit."""
+        waiting = [Sequence.of(request, self._shape.max_positions) for request in requests]
+        # Longest first: whoever starts last should end soon, or the last sweeps carry a few rows only.
+        waiting.sort(key=lambda sequence: sequence.prompt_len - sequence.limit)
+        for sequence in waiting:
+            if not sequence.wants_tokens and not (sequence.scores_prompt and sequence.prompt_len > 1):
+                sequence.finish_reason = "length"
+                yield self._result(sequence, {})
+            elif not scheduler.fits(sequence):
+                tier = max(self.plan.kv_pages, key=lambda name: self.plan.kv_pages[name])
+                room = self.plan.kv_pages[tier] * self.plan.page_tokens
+                yield self._failed(
+                    sequence.source,
+                    RowError(
+                        "does_not_fit",
+                        f"the row needs the KV cache of {sequence.cached_limit} tokens, the {tier} tier has room "
+                        f"for {room}: raise --{tier}-memory or lower max_tokens",
+                    ),
+                )
+            else:
+                scheduler.add([sequence])
+
+    def _count(self, sweep: Sweep, read: SequenceOf[tuple[Slice, Readout]]) -> None:
+        rows = 0
+        pairs = 0
+        for piece, readout in read:
+            rows += (readout.token is not None) + len(readout.prompt_values)
+            pairs += piece.count * piece.start + piece.count * (piece.count + 1) // 2
+            self._progress.prompt_tokens += max(0, min(piece.stop, piece.sequence.prompt_len) - piece.start)
+            self._progress.completion_tokens += readout.token is not None
+        self._progress.linear_flops += self._size.linear_flops(sweep.tokens, rows)
+        self._progress.attention_flops += self._size.attention_flops(pairs)
+
+    def _advance(self, piece: Slice, readout: Readout, streams: dict[int, TextStream]) -> bool:
+        """Give a sequence what was read off for it; True if that finishes it."""
+        sequence = piece.sequence
+        sequence.prompt_logprobs.values += readout.prompt_values
+        sequence.prompt_logprobs.top += readout.prompt_top
+        sequence.scored = max(sequence.scored, piece.score_to + 1 if readout.prompt_values else 0)
+        if readout.token is None:
+            if not sequence.wants_tokens and sequence.pending == 0:
+                sequence.finish_reason = "length"
+            return sequence.finish_reason is not None
+        if readout.token == NO_TOKEN:
+            sequence.finish_reason = "error"
+            return True
+        sequence.tokens.append(readout.token)
+        sequence.logprobs.values.append(readout.logprob)
+        sequence.logprobs.top.append(readout.top)
+        sequence.finish_reason = self._ending(sequence, readout.token, streams)
+        return sequence.finish_reason is not None
+
+    def _ending(self, sequence: Sequence, token: int, streams: dict[int, TextStream]) -> FinishReason | None:
+        params = sequence.source.request.params
+        if token in self._shape.eos_token_ids and not params.ignore_eos:
+            return "stop"
+        if params.stop and self._codec is not None:
+            stream = streams.setdefault(sequence.source.index, TextStream(self._codec, params.stop))
+            if stream.append(token):
+                return "stop"
+        return "length" if len(sequence.tokens) >= sequence.limit else None
+
+    def _result(self, sequence: Sequence, streams: dict[int, TextStream]) -> Result:
+        generated = sequence.generated
+        stream = streams.pop(sequence.source.index, None)
+        if sequence.finish_reason == "error":
+            message = "the model's logits are not finite (NaN or infinity): try --dtype float32"
+            return self._failed(sequence.source, RowError("not_finite", message))
+        if stream is not None:
+            text = stream.text
+        else:
+            text = self._codec.decode(generated) if self._codec is not None else ""
+        self._progress.rows_done += 1
+        assert sequence.finish_reason is not None
+        return Result(
+            id=sequence.source.request.id,
+            text=text,
+            token_ids=tuple(generated),
+            finish_reason=sequence.finish_reason,
+            prompt_tokens=sequence.prompt_len,
+            completion_tokens=len(generated),
+            logprobs=self._logprobs(sequence),
+            lora=sequence.source.request.lora,
+        )
+
+    def _logprobs(self, sequence: Sequence) -> TokenLogprobs | None:
+        if sequence.source.request.params.logprobs is None:
+            return None
+        own = sequence.logprobs
+        if not sequence.scores_prompt:
+            return TokenLogprobs(tuple(sequence.generated), tuple(own.values), tuple(own.top))
+        prompt = sequence.prompt_logprobs
+        return TokenLogprobs(tuple(sequence.tokens), (None, *prompt.values, *own.values), ({}, *prompt.top, *own.top))
+
+    def _failed(self, request: TokenizedRequest, error: RowError) -> Result:
+        self._progress.rows_done += 1
+        self._progress.rows_failed += 1
+        return Result(
+            id=request.request.id,
+            text="",
+            token_ids=(),
+            finish_reason="error",
+            prompt_tokens=len(request.token_ids),
+            completion_tokens=0,
+            lora=request.request.lora,
+            error=error,
+        )

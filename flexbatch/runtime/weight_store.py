@@ -1,0 +1,320 @@
+"""Where a model's weights rest and how a group's come to where products run: resident, from RAM, or from disk.
+
+It carries out ``read``, ``upload`` and ``gather`` Steps; when they happen is the lowering's decision.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flexbatch.checkpoint.tensors import DTYPES, Checkpoint, TensorEntry
+from flexbatch.errors import UsageError
+from flexbatch.memory.aligned import align_up
+from flexbatch.memory.direct import DirectReader, Extent, ReadPlan, plan_reads
+from flexbatch.memory.weights import GroupWeights, Operand
+from flexbatch.models.spec import GroupSpec, LinearSpec, WeightTable
+from flexbatch.policy.footprint import UnitSize
+from flexbatch.runtime.device import Device
+from flexbatch.scheduler.steps import Resource, Step
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """What is placed as a whole: one linear (all its parts) or one token-embedding table of a group.
+
+    ``key`` names it; a head tied to the embedding has the same key as the table.
+    """
+
+    key: str
+    group: int
+    name: str
+    entries: tuple[TensorEntry, ...]
+    transposed: bool
+    is_table: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as stored."""
+        return sum(entry.nbytes for entry in self.entries)
+
+    @property
+    def elements(self) -> int:
+        """Weights."""
+        return sum(entry.nbytes // DTYPES[entry.dtype].itemsize for entry in self.entries)
+
+
+def units_of(table: WeightTable, checkpoint: Checkpoint, vocab_size: int) -> list[Unit]:
+    """Every unit, in the order a sweep needs it; a tied table stands under both of its groups with one key."""
+    units: list[Unit] = []
+    for index, group in enumerate(table.groups):
+        for vector in group.vectors:
+            if len(vector.shape) == 2 and vector.shape[0] == vocab_size:
+                entry = checkpoint.entries[group.prefix + vector.tensor]
+                units.append(Unit(entry.name, index, vector.name, (entry,), False, True))
+        for linear in group.linears:
+            entries = tuple(checkpoint.entries[f"{group.prefix}{part.module}.weight"] for part in linear.parts)
+            units.append(Unit(entries[0].name, index, linear.name, entries, linear.transposed, False))
+    return units
+
+
+def unit_sizes(units: Sequence[Unit]) -> list[UnitSize]:
+    """The sizes of ``units`` for a plan, each key once; ``edge`` marks those outside of the layers."""
+    last = max(unit.group for unit in units)
+    seen: dict[str, UnitSize] = {}
+    for unit in units:
+        groups = (unit.group,) if unit.key not in seen else (*seen[unit.key].groups, unit.group)
+        seen[unit.key] = UnitSize(unit.key, groups, unit.nbytes, unit.elements, unit.group in (0, last))
+    return list(seen.values())
+
+
+class WeightStore:
+    """The weights of one model, placed by ``tiers`` (unit key -> tier).
+
+    On a device without a GPU tier, units in RAM are widened to ``held``; all others stay as stored until a product
+    reads them. Small tensors are resident in ``compute`` dtype where products run.
+    """
+
+    def __init__(
+        self,
+        table: WeightTable,
+        checkpoint: Checkpoint,
+        units: Sequence[Unit],
+        tiers: Mapping[str, str],
+        device: Device,
+        reader: DirectReader,
+        *,
+        held: torch.dtype,
+        compute: torch.dtype,
+        host_slots: int,
+        gpu_slots: int,
+        progress: Progress | None = None,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._device = device
+        self._reader = reader
+        self._held = held
+        self._compute = compute
+        self._on_gpu = device.compute == "gpu"
+        self._resident: list[GroupWeights] = []
+        self._matrices: dict[str, Tensor] = {}
+        streamed = [unit for unit in units if not self._rests_at_compute(tiers[unit.key])]
+        self._table = next((unit for unit in streamed if unit.is_table), None)
+        self._table_tier = tiers[self._table.key] if self._table is not None else None
+        moving = [unit for unit in streamed if not unit.is_table]
+        resident = {(unit.group, unit.name) for unit in units} - {(unit.group, unit.name) for unit in streamed}
+        for index, group in enumerate(table.groups):
+            self._resident.append(self._load_resident(index, group, resident))
+            if progress is not None:
+                progress("loading weights", index + 1, len(table.groups))
+        self._streams = {
+            group: _Stream([unit for unit in moving if unit.group == group], tiers)
+            for group in sorted({unit.group for unit in moving})
+        }
+        self._host_table = self._read_unit(self._table)[0] if self._table_tier == "cpu" and self._table else None
+        for stream in self._streams.values():
+            if stream.from_host:
+                stream.host_parts = {unit.key: self._read_unit(unit) for unit in stream.from_host}
+        reads = [stream.plan.nbytes for stream in self._streams.values() if stream.plan.nbytes]
+        self._host_slots = [device.host_buffer(max(reads)) for _ in range(host_slots)] if reads else []
+        uploads = [stream.packed_bytes for stream in self._streams.values()]
+        self._gpu_slots = (
+            [device.gpu_buffer(max(uploads)) for _ in range(gpu_slots)] if uploads and self._on_gpu else []
+        )
+        self._ready: dict[int, dict[str, tuple[Tensor, ...]]] = {}  # group -> its streamed units at the compute tier
+        self._arrived: dict[int, dict[str, tuple[Tensor, ...]]] = {}  # group -> its units from disk, in a host slot
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        """Groups with weights on disk."""
+        return tuple(group for group, stream in self._streams.items() if stream.plan.nbytes)
+
+    @property
+    def uploads(self) -> tuple[int, ...]:
+        """Groups with weights below the GPU."""
+        return tuple(self._streams) if self._on_gpu else ()
+
+    @property
+    def gather_on(self) -> Resource | None:
+        """What fetches rows of the token embedding; None if the table rests where products run."""
+        if self._table_tier is None:
+            return None
+        return "disk_read" if self._table_tier == "disk" else "cpu"
+
+    def read(self, step: Step) -> None:
+        """Bring a group's weights from disk to host slot ``step.slot``."""
+        stream = self._streams[step.group]
+        slot = self._host_slots[step.slot]
+        self._reader.read(stream.plan, slot)
+        self._arrived[step.group] = stream.parts_in(slot)
+        if not self._on_gpu:
+            self._ready[step.group] = self._arrived[step.group]
+
+    def upload(self, step: Step) -> None:
+        """Bring a group's weights from RAM to GPU slot ``step.slot``."""
+        stream = self._streams[step.group]
+        sources = {**stream.host_parts, **self._arrived.get(step.group, {})}
+        targets: dict[str, tuple[Tensor, ...]] = {}
+        position = 0
+        for key, parts in sources.items():
+            placed = []
+            for part in parts:
+                raw = self._gpu_slots[step.slot][position : position + part.nbytes]
+                target = raw.view(part.dtype).view(part.shape)
+                self._device.copy(target, part, "h2d")
+                placed.append(target)
+                position += align_up(part.nbytes)
+            targets[key] = tuple(placed)
+        self._ready[step.group] = targets
+
+    def gather(self, ids: Tensor) -> Tensor:
+        """int64 [T] -> rows of the token embedding [T, width], as stored, in RAM."""
+        assert self._table is not None
+        entry = self._table.entries[0]
+        if self._host_table is not None:
+            return self._host_table.index_select(0, ids)
+        assert entry.path is not None
+        dtype = DTYPES[entry.dtype]
+        raw = self._reader.read_rows(entry.path, entry.offset, entry.shape[1] * dtype.itemsize, ids.tolist())
+        return raw.view(dtype)
+
+    def group(self, index: int) -> GroupWeights:
+        """The weights of a group where products run; its transfers have happened."""
+        resident = self._resident[index]
+        stream = self._streams.get(index)
+        if stream is None:
+            return resident
+        ready = self._ready[index]
+        linears = dict(resident.linears)
+        for unit in stream.units:
+            parts = tuple(part.t() if unit.transposed else part for part in ready[unit.key])
+            linears[unit.name] = Operand(parts, resident.linears[unit.name].bias)
+        return GroupWeights(resident.dtype, linears, resident.vectors, resident.tables)
+
+    # --- loading -------------------------------------------------------------------------------------------------
+
+    def _rests_at_compute(self, tier: str) -> bool:
+        return tier == self._device.compute
+
+    def _load_resident(self, index: int, group: GroupSpec, resident: set[tuple[int, str]]) -> GroupWeights:
+        weights = GroupWeights(dtype=self._compute)
+        for linear in group.linears:
+            parts: tuple[Tensor, ...] = ()
+            if (index, linear.name) in resident:
+                parts = (self._stacked(group, linear),)
+            weights.linears[linear.name] = Operand(parts, self._bias(group, linear))
+        for vector in group.vectors:
+            name = group.prefix + vector.tensor
+            if (index, vector.name) in resident:
+                weights.tables[vector.name] = self._matrix(name)
+            elif len(vector.shape) == 1:
+                weights.vectors[vector.name] = self._placed(self._read(name).to(self._compute))
+            elif self._table is None or self._table.name != vector.name:
+                weights.tables[vector.name] = self._placed(self._read(name))
+        return weights
+
+    def _read(self, name: str) -> Tensor:
+        return self._checkpoint.read(self._checkpoint.entries[name])
+
+    def _placed(self, tensor: Tensor) -> Tensor:
+        """The same values where products run."""
+        if not self._on_gpu:
+            return tensor
+        raw = self._device.gpu_buffer(tensor.nbytes)
+        target = raw.view(tensor.dtype).view(tensor.shape)
+        self._device.copy(target, tensor.contiguous(), "h2d")
+        return target
+
+    def _rest(self, tensor: Tensor) -> Tensor:
+        """A resident matrix: on the GPU as stored, in RAM in the type it is held in."""
+        if self._on_gpu:
+            return self._placed(tensor)
+        if tensor.dtype == self._held:
+            return tensor  # a second copy, even for a moment, may be what memory has no room for
+        held = self._in_ram(tuple(tensor.shape), self._held)
+        return held.copy_(tensor)
+
+    def _in_ram(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return self._device.host_buffer(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
+
+    def _matrix(self, name: str) -> Tensor:
+        """A matrix that stands alone: an embedding, or a head, which may be the same stored tensor."""
+        stored = self._checkpoint.entries[name].name
+        if stored not in self._matrices:
+            self._matrices[stored] = self._rest(self._read(name))
+        return self._matrices[stored]
+
+    def _stacked(self, group: GroupSpec, linear: LinearSpec) -> Tensor:
+        names = [f"{group.prefix}{part.module}.weight" for part in linear.parts]
+        if len(names) == 1 and not linear.transposed:
+            return self._matrix(names[0])
+        dtype = DTYPES[self._checkpoint.entries[names[0]].dtype] if self._on_gpu else self._held
+        shape = (linear.out_features, linear.in_features)
+        stacked = torch.empty(shape, dtype=dtype) if self._on_gpu else self._in_ram(shape, dtype)
+        row = 0
+        for name, part in zip(names, linear.parts, strict=True):
+            stored = self._read(name)
+            stacked[row : row + part.out_features] = stored.t() if linear.transposed else stored
+            row += part.out_features
+        return self._placed(stacked) if self._on_gpu else stacked
+
+    def _bias(self, group: GroupSpec, linear: LinearSpec) -> Tensor | None:
+        if not linear.bias:
+            return None
+        parts = [self._read(f"{group.prefix}{part.module}.bias").to(self._compute) for part in linear.parts]
+        return self._placed(torch.cat(parts))
+
+    def _read_unit(self, unit: Unit) -> tuple[Tensor, ...]:
+        """A unit that rests in RAM as stored, in memory that copies to the GPU reach directly."""
+        parts = []
+        for entry in unit.entries:
+            stored = self._checkpoint.read(entry)
+            raw = self._device.host_buffer(stored.nbytes)
+            target = raw.view(stored.dtype).view(stored.shape)
+            target.copy_(stored)
+            parts.append(target)
+        return tuple(parts)
+
+
+class _Stream:
+    """The units of one group that travel every sweep, and how those on disk are read."""
+
+    def __init__(self, units: Sequence[Unit], tiers: Mapping[str, str]) -> None:
+        self.units = tuple(units)
+        self.from_disk = [unit for unit in units if tiers[unit.key] == "disk"]
+        self.from_host = [unit for unit in units if tiers[unit.key] == "cpu"]
+        self.host_parts: dict[str, tuple[Tensor, ...]] = {}
+        self.plan: ReadPlan = plan_reads([_extent(entry) for unit in self.from_disk for entry in unit.entries])
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of a GPU slot that holds all units."""
+        return sum(align_up(entry.nbytes) for unit in self.units for entry in unit.entries)
+
+    def parts_in(self, slot: Tensor) -> dict[str, tuple[Tensor, ...]]:
+        """The parts of the units from disk, as views of the slot they were read into."""
+        found: dict[str, tuple[Tensor, ...]] = {}
+        index = 0
+        for unit in self.from_disk:
+            parts = []
+            for entry in unit.entries:
+                raw = self.plan.view(slot, index)
+                dtype = DTYPES[entry.dtype]
+                if self.plan.offsets[index] % dtype.itemsize:
+                    raw = raw.clone()  # a checkpoint whose tensors do not even lie at whole elements
+                parts.append(raw.view(dtype).view(entry.shape))
+                index += 1
+            found[unit.key] = tuple(parts)
+        return found
+
+
+def _extent(entry: TensorEntry) -> Extent:
+    if entry.path is None:
+        raise UsageError("--dummy-weights: made-up weights cannot rest on disk; give --weights a disk share of 0")
+    return Extent(entry.path, entry.offset, entry.nbytes)

@@ -1,0 +1,337 @@
+"""Lowers sweeps to Steps: the zig-zag traversal with its transfers, dependencies and buffer slots. Pure.
+
+Slots make budgets hold: a transfer into a slot waits for the last use of what the slot held. They also make prefetch:
+with S slots, weights are on their way S groups ahead of their use, across the end of a sweep into the next.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from flexbatch.scheduler.steps import Kind, Resource, Step
+from flexbatch.scheduler.sweep import MicroBatch, Sweep
+
+
+@dataclass(frozen=True, slots=True)
+class Routes:
+    """How bytes travel in a run.
+
+    ``compute``: where products run. ``reads``: groups with weights on disk; ``uploads``: groups with weights below the
+    GPU. ``host_slots`` and ``gpu_slots`` buffers hold them on their way. ``gather``: what fetches rows of a token
+    embedding that does not rest where products run (None: it does). ``cpu_attention``: whether KV that rests below the
+    GPU is attended to on the CPU. ``lanes``: micro-batches whose KV or hidden states are on their way at a time.
+    """
+
+    num_layers: int
+    compute: Resource
+    reads: tuple[int, ...] = ()
+    uploads: tuple[int, ...] = ()
+    host_slots: int = 0
+    gpu_slots: int = 0
+    gather: Resource | None = None
+    cpu_attention: bool = True
+    lanes: int = 2
+
+    def staged_kv(self, batch: MicroBatch) -> bool:
+        """Whether the pages of ``batch`` pass through a lane's buffer instead of being attended to where they rest."""
+        if batch.kv == "disk":
+            return True
+        return self.compute == "gpu" and batch.kv == "cpu" and not self.cpu_attention
+
+    def attends_on(self, batch: MicroBatch) -> Resource:
+        """Which resource computes the attention of ``batch``."""
+        if self.compute == "gpu" and (batch.kv == "gpu" or not self.cpu_attention):
+            return "gpu"
+        return "cpu"
+
+
+@dataclass(frozen=True, slots=True)
+class Lowered:
+    """The Steps of a sweep, and the ids after which its results are there; the rest is prefetch for the next one."""
+
+    steps: list[Step]
+    until: frozenset[int]
+
+
+class _Ring:
+    """Groups that pass through ``slots`` buffers in a fixed cyclic order."""
+
+    def __init__(self, groups: tuple[int, ...], slots: int) -> None:
+        self.groups = groups
+        self.free: deque[tuple[int, tuple[int, ...]]] = deque((slot, ()) for slot in range(min(slots, len(groups))))
+        self.next = 0
+        self.ready: dict[int, tuple[int, int]] = {}  # group -> (step that fills its slot, slot)
+
+    def may_issue(self, *, wrap: bool) -> bool:
+        """Whether a slot is free and the next group belongs to this sweep (or the next one's may be fetched)."""
+        return bool(self.free) and (wrap or self.next != 0)
+
+
+class Lowerer:
+    """Turns one sweep after the other into Steps, keeping the state of slots and prefetch between them."""
+
+    def __init__(self, routes: Routes) -> None:
+        self._routes = routes
+        self._next_id = 0
+        self._host = _Ring(routes.reads, routes.host_slots)
+        self._gpu = _Ring(routes.uploads, routes.gpu_slots)
+        self._stored: dict[int, tuple[int, ...]] = {}  # layer group -> the last sweep's writes of KV pages
+        self._lanes: deque[tuple[int, tuple[int, ...]]] = deque((lane, ()) for lane in range(routes.lanes))
+        self._steps: list[Step] = []
+        self._until: set[int] = set()
+
+    def lower(self, sweep: Sweep, *, more: bool) -> Lowered:
+        """Return the Steps of ``sweep`` in an order that a serial executor can follow.
+
+        Every micro-batch passes a layer before the next layer starts, so a layer's weights are fetched once. Where
+        attention waits for another resource, a micro-batch is finished after the next one is projected, so that the
+        two overlap. ``more``: another sweep follows, whose first weights may be fetched already.
+        """
+        self._steps, self._until = [], set()
+        flight = _Flight(self, sweep, self._routes)
+        self._fill(wrap=True)
+        flight.embed()
+        self._release(0, flight.newest)
+        self._fill(wrap=more)
+        lag = 1 if flight.waits and len(sweep.micro_batches) > 1 else 0
+        open_: deque[tuple[int, int]] = deque()
+        for group in range(1, self._routes.num_layers + 1):
+            for batch in flight.batches:
+                while open_ and (len(open_) > lag or not self._issued(group)):
+                    self._close(flight, *open_.popleft(), more=more)
+                flight.front(group, batch)
+                open_.append((group, batch))
+        while open_:
+            self._close(flight, *open_.popleft(), more=more)
+        flight.head()
+        self._release(self._routes.num_layers + 1, flight.newest)
+        self._fill(wrap=more)
+        return Lowered(self._steps, frozenset(self._until))
+
+    def _close(self, flight: _Flight, group: int, batch: int, *, more: bool) -> None:
+        """Finish a micro-batch's layer; after the last one the layer's weights make room for others."""
+        flight.back(group, batch)
+        if batch == flight.batches[-1]:
+            self._stored[group] = tuple(flight.written.pop(group, ()))
+            self._release(group, flight.users)
+            self._fill(wrap=more)
+
+    # --- what a flight asks for ---------------------------------------------------------------------------------
+
+    def add(
+        self,
+        kind: Kind,
+        resource: Resource,
+        group: int,
+        batch: int,
+        tokens: int,
+        after: Iterable[int | None],
+        *,
+        slot: int = 0,
+        prefetch: bool = False,
+    ) -> int:
+        """Append a Step and return its id."""
+        wait = tuple(sorted({step for step in after if step is not None}))
+        step = Step(self._next_id, kind, resource, group, batch, tokens, wait, slot)
+        self._next_id += 1
+        self._steps.append(step)
+        if not prefetch:
+            self._until.add(step.id)
+        return step.id
+
+    def weights(self, group: int) -> list[int]:
+        """The ids after which the weights of ``group`` can be used."""
+        ring = self._gpu if self._routes.compute == "gpu" else self._host
+        return [ring.ready[group][0]] if group in ring.ready else []
+
+    def _issued(self, group: int) -> bool:
+        """Whether the weights of ``group`` are in a slot or on their way to one, or need none."""
+        ring = self._gpu if self._routes.compute == "gpu" else self._host
+        return group not in ring.groups or group in ring.ready
+
+    def take_lane(self) -> tuple[int, tuple[int, ...]]:
+        """The next lane, and the ids after which its buffers are free."""
+        return self._lanes.popleft()
+
+    def give_lane(self, lane: int, users: tuple[int, ...]) -> None:
+        """Lane ``lane`` is free once ``users`` are done."""
+        self._lanes.append((lane, users))
+
+    def stored(self, group: int) -> tuple[int, ...]:
+        """The ids after which all KV that earlier sweeps wrote in ``group`` is where it rests."""
+        return self._stored.get(group, ())
+
+    # --- rings ---------------------------------------------------------------------------------------------------
+
+    def _fill(self, *, wrap: bool) -> None:
+        """Issue transfers of weights into every free slot, in the order of their use."""
+        while True:
+            if self._host.groups and self._host.may_issue(wrap=wrap):
+                self._issue(self._host, "read", "disk_read", ())
+                continue
+            if self._gpu.groups and self._gpu.may_issue(wrap=wrap):
+                group = self._gpu.groups[self._gpu.next]
+                read = self._host.ready.get(group)
+                if group not in self._host.groups:
+                    self._issue(self._gpu, "upload", "h2d", ())
+                    continue
+                if read is not None:
+                    done = self._issue(self._gpu, "upload", "h2d", (read[0],))
+                    self._free(self._host, group, (done,))
+                    continue
+            return
+
+    def _issue(self, ring: _Ring, kind: Kind, resource: Resource, after: tuple[int, ...]) -> int:
+        slot, users = ring.free.popleft()
+        group = ring.groups[ring.next]
+        ring.next = (ring.next + 1) % len(ring.groups)
+        step = self.add(kind, resource, group, -1, 0, (*after, *users), slot=slot, prefetch=True)
+        ring.ready[group] = (step, slot)
+        return step
+
+    def _release(self, group: int, users: Iterable[int | None]) -> None:
+        ring = self._gpu if self._routes.compute == "gpu" else self._host
+        if group in ring.ready:
+            self._free(ring, group, tuple(user for user in users if user is not None))
+
+    def _free(self, ring: _Ring, group: int, users: tuple[int, ...]) -> None:
+        _, slot = ring.ready.pop(group)
+        ring.free.append((slot, users))
+
+
+class _Flight:
+    """One sweep while it is lowered: the newest Step of every micro-batch, and what its layers have used."""
+
+    def __init__(self, lowerer: Lowerer, sweep: Sweep, routes: Routes) -> None:
+        self._lowerer = lowerer
+        self._sweep = sweep
+        self._routes = routes
+        self.batches = range(len(sweep.micro_batches))
+        self.newest: list[int | None] = [None] * len(sweep.micro_batches)
+        self.users: list[int | None] = [None] * len(sweep.micro_batches)
+        self.written: dict[int, list[int]] = {}
+        self._last_attend: dict[int, int] = {}
+        self._last_write: dict[int, int] = {}
+        self._hidden_outs: list[int] = []
+        self.waits = any(
+            routes.staged_kv(batch) or batch.hidden != _resting(routes) or routes.attends_on(batch) != routes.compute
+            for batch in sweep.micro_batches
+        )
+
+    def embed(self) -> None:
+        """Embed every micro-batch and put its hidden state where it waits."""
+        weights = self._lowerer.weights(0)
+        for batch in self.batches:
+            gathered = None
+            if self._routes.gather is not None:
+                gathered = self._add("gather", self._routes.gather, 0, batch, ())
+            self._advance("embed", self._routes.compute, 0, batch, (gathered, *weights))
+            self._hidden_out(0, batch)
+
+    def front(self, group: int, batch: int) -> None:
+        """Up to and including attention: bring the hidden state and KV pages, project, attend, return the pages."""
+        piece = self._sweep.micro_batches[batch]
+        attends = self._routes.attends_on(piece)
+        staged = self._routes.staged_kv(piece)
+        pages: int | None = None
+        slot = 0
+        if staged:
+            slot, free = self._lowerer.take_lane()
+            pages = self._pages_in(group, batch, attends, slot, free)
+        self._hidden_in(group, batch)
+        self._advance("project", self._routes.compute, group, batch, self._lowerer.weights(group))
+        if attends != self._routes.compute:
+            self._advance("qkv_down", "d2h", group, batch, ())
+        attended = self._advance("attend", attends, group, batch, (pages, self._before(batch)), slot=slot)
+        self._last_attend[batch] = attended
+        if staged:
+            self._lowerer.give_lane(slot, (self._pages_out(group, batch, attends, slot, attended),))
+        if attends != self._routes.compute:
+            self._advance("attended_up", "h2d", group, batch, ())
+
+    def back(self, group: int, batch: int) -> None:
+        """What follows attention: the rest of the layer, and the hidden state's way back to where it waits."""
+        self.users[batch] = self._advance("finish", self._routes.compute, group, batch, ())
+        self._hidden_out(group, batch)
+
+    def head(self) -> None:
+        """Read off every micro-batch."""
+        group = self._routes.num_layers + 1
+        for batch in self.batches:
+            self._hidden_in(group, batch)
+            self._advance("head", self._routes.compute, group, batch, self._lowerer.weights(group))
+
+    # --- parts ---------------------------------------------------------------------------------------------------
+
+    def _pages_in(self, group: int, batch: int, attends: Resource, slot: int, free: tuple[int, ...]) -> int | None:
+        """KV pages on their way to where they are attended to. Independent of the micro-batch's hidden state."""
+        before = self._last_write.get(batch - 1) if self._continues(batch) else None
+        settled = (*self._lowerer.stored(group), before, *free)
+        newest: int | None = None
+        if self._sweep.micro_batches[batch].kv == "disk":
+            newest = self._add("kv_read", "disk_read", group, batch, settled, slot=slot)
+        if attends == "gpu":
+            newest = self._add("kv_up", "h2d", group, batch, (newest, *settled), slot=slot)
+        return newest
+
+    def _pages_out(self, group: int, batch: int, attends: Resource, slot: int, attended: int) -> int:
+        """The pages that were written to, on their way back to where they rest."""
+        newest = attended
+        if attends == "gpu":
+            newest = self._add("kv_down", "d2h", group, batch, (newest,), slot=slot)
+        if self._sweep.micro_batches[batch].kv == "disk":
+            newest = self._add("kv_write", "disk_write", group, batch, (newest,), slot=slot)
+        if newest != attended:
+            self.written.setdefault(group, []).append(newest)
+            self._last_write[batch] = newest
+        return newest
+
+    def _hidden_in(self, group: int, batch: int) -> None:
+        rests = self._sweep.micro_batches[batch].hidden
+        outs = self._hidden_outs
+        room = outs[-self._routes.lanes] if len(outs) >= self._routes.lanes else None
+        if rests == "disk":
+            self._advance("hidden_read", "disk_read", group, batch, (room,))
+        if self._routes.compute == "gpu" and rests != "gpu":
+            self._advance("hidden_up", "h2d", group, batch, (room,))
+
+    def _hidden_out(self, group: int, batch: int) -> None:
+        rests = self._sweep.micro_batches[batch].hidden
+        newest: int | None = None
+        if self._routes.compute == "gpu" and rests != "gpu":
+            newest = self._advance("hidden_down", "d2h", group, batch, ())
+        if rests == "disk":
+            newest = self._advance("hidden_write", "disk_write", group, batch, ())
+        if newest is not None:
+            self._hidden_outs.append(newest)
+
+    def _before(self, batch: int) -> int | None:
+        """The attention Step of the micro-batch before, if this one continues a prompt that was cut between them."""
+        return self._last_attend[batch - 1] if self._continues(batch) else None
+
+    def _continues(self, batch: int) -> bool:
+        if batch == 0:
+            return False
+        before, own = self._sweep.micro_batches[batch - 1], self._sweep.micro_batches[batch]
+        return before.slices[-1].sequence is own.slices[0].sequence
+
+    def _advance(
+        self, kind: Kind, resource: Resource, group: int, batch: int, others: Iterable[int | None], *, slot: int = 0
+    ) -> int:
+        """Add a Step that follows the micro-batch's newest one and becomes it."""
+        step = self._add(kind, resource, group, batch, (self.newest[batch], *others), slot=slot)
+        self.newest[batch] = step
+        return step
+
+    def _add(
+        self, kind: Kind, resource: Resource, group: int, batch: int, after: Iterable[int | None], *, slot: int = 0
+    ) -> int:
+        tokens = self._sweep.micro_batches[batch].tokens
+        return self._lowerer.add(kind, resource, group, batch, tokens, after, slot=slot)
+
+
+def _resting(routes: Routes) -> str:
+    """The tier on which hidden states are computed on: what rests there need not move."""
+    return "gpu" if routes.compute == "gpu" else "cpu"

@@ -1,0 +1,85 @@
+"""A request while it runs: its tokens, how far its KV cache reaches, its pages. Pure state; no tensors, no text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from flexbatch.requests import FinishReason, TokenizedRequest
+from flexbatch.scheduler.pages import PageTable
+
+
+@dataclass(slots=True)
+class LogprobRecord:
+    """Log-probabilities of consecutive tokens as they are found; ``top`` has one mapping a token."""
+
+    values: list[float | None] = field(default_factory=list)
+    top: list[dict[int, float]] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One running request.
+
+    ``tokens`` is the prompt and what was generated; ``computed`` how many of them have their KV stored; ``scored`` how
+    many prompt tokens have their log-probability; ``limit`` the largest number of tokens it can reach.
+    ``tier`` is the home of its KV; ``age`` its place in the order of admission (a larger one is younger).
+    """
+
+    source: TokenizedRequest
+    limit: int
+    tokens: list[int]
+    computed: int = 0
+    scored: int = 1
+    pages: PageTable = field(default_factory=PageTable)
+    tier: str = "cpu"
+    age: int = -1
+    preemptions: int = 0
+    finish_reason: FinishReason | None = None
+    prompt_logprobs: LogprobRecord = field(default_factory=LogprobRecord)
+    logprobs: LogprobRecord = field(default_factory=LogprobRecord)
+
+    @classmethod
+    def of(cls, source: TokenizedRequest, max_positions: int) -> Sequence:
+        """Start a sequence; its limit is its own ``max_tokens`` or the model's window, whichever is smaller.
+
+        The last token of the window may still be followed by one that is only read off, never computed.
+        """
+        prompt = len(source.token_ids)
+        limit = min(prompt + source.request.params.max_tokens, max_positions + 1)
+        return cls(source=source, limit=max(limit, prompt), tokens=list(source.token_ids))
+
+    @property
+    def prompt_len(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.source.token_ids)
+
+    @property
+    def generated(self) -> list[int]:
+        """The new tokens so far."""
+        return self.tokens[self.prompt_len :]
+
+    @property
+    def pending(self) -> int:
+        """Tokens whose KV is not computed yet: 1 while decoding, more while the prompt is (re)computed."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether only the newest token is left to compute."""
+        return self.pending == 1 and len(self.tokens) > self.prompt_len
+
+    @property
+    def wants_tokens(self) -> bool:
+        """Whether anything is to be generated, as opposed to scored."""
+        return self.limit > self.prompt_len
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the log-probabilities of its prompt are wanted."""
+        params = self.source.request.params
+        return params.echo and params.logprobs is not None
+
+    @property
+    def cached_limit(self) -> int:
+        """The most tokens whose KV it will ever hold: the last token generated is never fed back."""
+        return self.limit - 1 if self.wants_tokens else self.limit

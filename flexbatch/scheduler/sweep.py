@@ -1,0 +1,136 @@
+"""What one pass over the layers computes: slices of sequences, packed into micro-batches. Plain data and packing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+from flexbatch.scheduler.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """``count`` consecutive tokens of one sequence, from position ``start``.
+
+    ``samples``: the last of them predicts the sequence's next token. ``score_from``: positions from here to the
+    slice's end predict prompt tokens whose log-probabilities are wanted (``start + count``: none).
+    """
+
+    sequence: Sequence
+    start: int
+    count: int
+    samples: bool
+    score_from: int
+    score_to: int
+
+    @property
+    def stop(self) -> int:
+        """The position behind the last token."""
+        return self.start + self.count
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether this is one token with its whole context cached: the shape that batched attention takes."""
+        return self.count == 1
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """The ragged tokens that go through a layer together.
+
+    ``kv`` is the tier on which all their KV rests, ``hidden`` the one where their hidden states wait between layers.
+    """
+
+    slices: tuple[Slice, ...]
+    kv: str = "cpu"
+    hidden: str = "cpu"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all slices."""
+        return sum(piece.count for piece in self.slices)
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """One pass over the layers."""
+
+    number: int
+    micro_batches: tuple[MicroBatch, ...]
+
+    @property
+    def slices(self) -> Iterable[Slice]:
+        """All slices, micro-batch by micro-batch."""
+        return (piece for batch in self.micro_batches for piece in batch.slices)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all micro-batches."""
+        return sum(batch.tokens for batch in self.micro_batches)
+
+
+def cut(sequence: Sequence, count: int) -> Slice:
+    """The next ``count`` uncomputed tokens of ``sequence``."""
+    start = sequence.computed
+    stop = start + count
+    last = stop == len(sequence.tokens)
+    wanted = range(max(start, sequence.scored - 1), min(stop, sequence.prompt_len - 1))
+    scoring = sequence.scores_prompt and len(wanted) > 0
+    return Slice(
+        sequence=sequence,
+        start=start,
+        count=count,
+        samples=last and sequence.wants_tokens,
+        score_from=wanted.start if scoring else stop,
+        score_to=wanted.stop if scoring else stop,
+    )
+
+
+def split(piece: Slice, count: int) -> tuple[Slice, Slice]:
+    """The first ``count`` tokens of a slice, and the rest."""
+    middle = piece.start + count
+    first = Slice(piece.sequence, piece.start, count, False, min(piece.score_from, middle), min(piece.score_to, middle))
+    rest = Slice(
+        piece.sequence,
+        middle,
+        piece.count - count,
+        piece.samples,
+        max(piece.score_from, middle),
+        max(piece.score_to, middle),
+    )
+    return first, rest
+
+
+def pack_by_tokens(slices: SequenceOf[Slice], tokens: int, pages: int, page_tokens: int) -> list[tuple[Slice, ...]]:
+    """Fill micro-batches of at most ``tokens`` tokens whose contexts take at most ``pages`` pages, in order.
+
+    Only a slice longer than a whole micro-batch is split: the attention of a prompt that begins in the middle costs
+    more than an emptier micro-batch. One slice may exceed ``pages`` alone: whoever sets it sees to that.
+    """
+    batches: list[tuple[Slice, ...]] = []
+    current: list[Slice] = []
+    room, pages_left = tokens, pages
+    for piece in slices:
+        rest = piece
+        needed = -(-piece.stop // page_tokens)
+        if current and (needed > pages_left or room < rest.count <= tokens):
+            batches.append(tuple(current))
+            current, room, pages_left = [], tokens, pages
+        while rest.count > room:
+            if room > 0:
+                first, rest = split(rest, room)
+                current.append(first)
+            batches.append(tuple(current))
+            current, room, pages_left = [], tokens, pages
+        current.append(rest)
+        room -= rest.count
+        pages_left -= needed
+    if current:
+        batches.append(tuple(current))
+    return batches
+
+
+def pack_by_sequences(slices: SequenceOf[Slice], sequences: int) -> list[tuple[Slice, ...]]:
+    """Micro-batches of ``sequences`` whole slices each: FlexGen's shape."""
+    return [tuple(slices[i : i + sequences]) for i in range(0, len(slices), sequences)]

@@ -1,0 +1,1 @@
+"""Decides what lives where: plans, footprints and placement. Knows no tensors and runs nothing."""

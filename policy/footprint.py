@@ -1,0 +1,99 @@
+"""Bytes and FLOPs of weights, KV cache and working memory, from model shapes alone.
+
+The one source of such numbers: plans, budgets and the run's own accounting all ask here. It allocates nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flexbatch.shapes import ModelShape
+
+DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSize:
+    """Elements of the weights that one visit of a sweep needs: matrices of its linears, and small tensors.
+
+    ``shared``: elements that are stored with another group (a head tied to the embedding).
+    """
+
+    name: str
+    matrices: int
+    vectors: int
+    shared: int = 0
+
+    @property
+    def elements(self) -> int:
+        """What the group itself stores."""
+        return self.matrices + self.vectors
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSize:
+    """A model's shapes with the sizes of its groups: the embedding, every layer, the head."""
+
+    shape: ModelShape
+    groups: tuple[GroupSize, ...]
+
+    def weight_bytes(self, dtype: str) -> int:
+        """All weights, each stored once, in ``dtype``."""
+        return sum(group.elements for group in self.groups) * DTYPE_BYTES[dtype]
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of one weight in the checkpoint."""
+        return DTYPE_BYTES[self.shape.stored_dtype]
+
+    def small_bytes(self, dtype: str) -> int:
+        """Norms, biases and position tables, which always rest where products run, in ``dtype``."""
+        table = self.shape.vocab_size * self.shape.embed_dim
+        return sum(group.vectors for group in self.groups) * DTYPE_BYTES[dtype] - table * DTYPE_BYTES[dtype]
+
+    def kv_token_bytes(self, dtype: str) -> int:
+        """Keys and values of one token in all layers."""
+        shape = self.shape
+        return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * DTYPE_BYTES[dtype]
+
+    def hidden_token_bytes(self, dtype: str) -> int:
+        """The hidden state of one token between two layers."""
+        return self.shape.hidden_size * DTYPE_BYTES[dtype]
+
+    def working_bytes(self, tokens: int, context: int, logit_rows: int, dtype: str) -> int:
+        """Scratch memory of a micro-batch of ``tokens`` tokens whose longest context is ``context``.
+
+        Inside a layer: the residual, its norm, stacked q/k/v and the attended heads, the MLP's inner states (two of
+        them where it is gated), scores of one head block; at the head: ``logit_rows`` rows of logits with a copy.
+        """
+        shape, size = self.shape, DTYPE_BYTES[dtype]
+        heads = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+        layer = tokens * (3 * shape.hidden_size + 3 * heads + 4 * shape.intermediate_size) * size
+        scores = 4 * shape.num_heads * max(tokens, 1) * min(context, 512)
+        scores += 2 * context * (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim * size
+        logits = 2 * logit_rows * shape.vocab_size * max(size, 4)
+        return layer + max(scores, logits)
+
+    def linear_flops(self, tokens: int, logit_rows: int) -> int:
+        """Multiply-adds (two FLOPs each) of every matrix product for ``tokens`` tokens, ``logit_rows`` of them read."""
+        layers = sum(group.matrices for group in self.groups[1:-1])
+        head = self.groups[-1].matrices + self.groups[-1].shared
+        return 2 * (layers * tokens + head * logit_rows)
+
+    def attention_flops(self, pairs: int) -> int:
+        """Products of ``pairs`` (token, attended token) pairs: q with k, and the weights with v, in every layer."""
+        return 4 * self.shape.num_layers * self.shape.num_heads * self.shape.head_dim * pairs
+
+
+@dataclass(frozen=True, slots=True)
+class UnitSize:
+    """Weights that are placed as a whole. ``groups``: the visits of a sweep that need them.
+
+    ``nbytes`` as stored; ``edge``: embedding or head, not a layer's.
+    """
+
+    key: str
+    groups: tuple[int, ...]
+    nbytes: int
+    elements: int
+    edge: bool

@@ -1,0 +1,102 @@
+"""Every kernel against dense float64 products and the torch reference, on a GPU; run by ``scripts/gpu_test``."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from flexbatch.kernels.attention import Span, attend, prepare
+from flexbatch.kernels.paged import attend_paged, store_paged
+from tests.kernels.paged_cases import Case, Shape, assert_near, build, dense, random_shape
+
+GPU = torch.device("cuda")
+CPU = torch.device("cpu")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HEADS = {  # kv_heads, group, dim
+    "llama-3-8b": (8, 4, 128),
+    "qwen2-7b": (4, 7, 128),
+    "qwen2-0.5b": (2, 7, 64),
+    "opt-2.7b": (32, 1, 80),
+    "gpt2": (12, 1, 64),
+    "wide": (2, 2, 256),
+}
+
+
+def by_kernels(case: Case) -> torch.Tensor:
+    """Through ``prepare`` and ``attend``, as the engine goes."""
+    shape = case.shape
+    batch = prepare(case.spans, shape.page_tokens, shape.window, case.q.dtype, GPU).to(GPU)
+    assert batch.paged
+    return attend(batch, case.pool, case.q, case.k, case.v, case.scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("window", [None, 300])
+def test_shapes_of_real_models(heads: str, dtype: torch.dtype, window: int | None) -> None:
+    rng = random.Random(1)
+    singles = (*((rng.randint(0, 3000), 1) for _ in range(20)), (511, 1), (512, 1), (9000, 1))
+    chunks = ((0, 700), (1000, 65), (63, 2), (2047, 130), (5, 3))
+    case = build(rng, Shape(*HEADS[heads], 64, window, singles + chunks), dtype, GPU)
+    assert_near(by_kernels(case), dense(case))
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_random_shapes(seed: int) -> None:
+    rng = random.Random(seed)
+    shape = random_shape(rng, dims=(8, 20, 32, 48, 96, 112, 192), sizes=(4, 16, 32, 48, 64, 128), longest=900)
+    case = build(rng, shape, rng.choice(DTYPES), GPU)
+    assert_near(by_kernels(case), dense(case))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_torch_reference_agrees(dtype: torch.dtype) -> None:
+    shape = Shape(4, 2, 64, 64, None, ((900, 1), (0, 1), (70, 200), (0, 65)))
+    case = build(random.Random(2), shape, dtype, GPU)
+    exact = prepare(case.spans, 64, None, torch.float32, CPU).to(GPU)
+    reference = attend(
+        exact, case.pool.nan_to_num().float(), case.q.float(), case.k.float(), case.v.float(), case.scale
+    )
+    assert_near(by_kernels(case), reference.double())
+
+
+def test_a_row_is_the_same_in_any_company_and_every_time() -> None:
+    case = build(random.Random(3), Shape(8, 4, 128, 64, None, ((1500, 1), (7, 1), (600, 1))), torch.float16, GPU)
+    together = by_kernels(case)
+    for _ in range(5):
+        assert torch.equal(by_kernels(case), together)
+    for span in case.spans:
+        batch = prepare([Span(0, 1, span.start, span.pages)], 64, None, torch.float16, GPU).to(GPU)
+        row = slice(span.row, span.row + 1)
+        assert torch.equal(attend_paged(batch.paged, case.pool, case.q[row], case.scale), together[row])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("kv_heads", "dim"), [(8, 128), (3, 20), (96, 128)])
+def test_store(kv_heads: int, dim: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    pool = torch.randn(40, kv_heads, 2, 16, dim, device=GPU).to(dtype)
+    qkv = torch.randn(300, 3 * kv_heads, dim, device=GPU).to(dtype)
+    k, v = qkv[:, kv_heads : 2 * kv_heads], qkv[:, 2 * kv_heads :]
+    places = torch.randperm(40 * 16)[:300]
+    pages, offsets = places // 16, places % 16
+    expected = pool.cpu()
+    expected[pages, :, 0, offsets] = k.cpu()
+    expected[pages, :, 1, offsets] = v.cpu()
+    store_paged(pool, pages.to(GPU), offsets.to(GPU), k, v)
+    assert torch.equal(pool.cpu(), expected)
+
+
+def test_a_pool_of_more_than_2_to_the_31_numbers() -> None:
+    pages, heads, size, dim = 2**31 // (8 * 2 * 64 * 128) + 50, 8, 64, 128  # 4.3 GiB
+    pool = torch.empty(pages, heads, 2, size, dim, dtype=torch.float16, device=GPU)
+    assert pool.numel() > 2**31
+    generator = torch.Generator(GPU).manual_seed(0)
+    q, k, v = (torch.randn(1, heads, dim, device=GPU, dtype=torch.float16, generator=generator) for _ in range(3))
+    last = pages - 1
+    store_paged(pool, torch.tensor([last], device=GPU), torch.tensor([0], device=GPU), k, v)
+    assert torch.equal(pool[last, :, 0, 0], k[0])
+    batch = prepare([Span(0, 1, 0, [last])], size, None, torch.float16, GPU).to(GPU)
+    torch.testing.assert_close(attend_paged(batch.paged, pool, q, 1.0), v)

@@ -1,0 +1,140 @@
+"""Lowering: whatever the routes, the Steps of many sweeps must respect order, buffers and data, in any legal timing."""
+
+from __future__ import annotations
+
+import random
+from typing import Literal
+
+import pytest
+
+from flexbatch.requests import Request, TokenizedRequest
+from flexbatch.sampling import SamplingParams
+from flexbatch.scheduler.lowering import Lowerer, Routes
+from flexbatch.scheduler.sequence import Sequence
+from flexbatch.scheduler.steps import Step
+from flexbatch.scheduler.sweep import MicroBatch, Slice, Sweep
+
+
+def sequence(name: int) -> Sequence:
+    request = Request(str(name), SamplingParams(max_tokens=5), prompt=(1,))
+    return Sequence.of(TokenizedRequest(request, name, (1,) * 9), 100)
+
+
+def random_routes(rng: random.Random) -> Routes:
+    layers = rng.randint(1, 5)
+    compute: Literal["gpu", "cpu"] = rng.choice(["gpu", "cpu"])
+    groups = range(layers + 2)
+    reads = tuple(group for group in groups if rng.random() < 0.6)
+    uploads = tuple(group for group in groups if group in reads or rng.random() < 0.5) if compute == "gpu" else ()
+    return Routes(
+        num_layers=layers,
+        compute=compute,
+        reads=reads,
+        uploads=uploads,
+        host_slots=rng.randint(1, 3),
+        gpu_slots=rng.randint(1, 3),
+        gather=rng.choice([None, "disk_read"]),
+        cpu_attention=rng.random() < 0.5,
+        lanes=rng.randint(1, 3),
+    )
+
+
+def random_sweep(rng: random.Random, number: int, routes: Routes, sequences: list[Sequence]) -> Sweep:
+    tiers = ["gpu", "cpu", "disk"] if routes.compute == "gpu" else ["cpu", "disk"]
+    batches: list[MicroBatch] = []
+    last: Slice | None = None
+    for _ in range(rng.randint(1, 4)):
+        piece = Slice(rng.choice(sequences), 0, 1, False, 1, 1)
+        if last is not None and batches[-1].kv == "disk" and rng.random() < 0.3:
+            piece = last
+        batches.append(MicroBatch((piece,), rng.choice(tiers) if piece is not last else "disk", rng.choice(tiers)))
+        last = piece
+    return Sweep(number, tuple(batches))
+
+
+class Replay:
+    """Executes Steps in a random legal order and watches what each buffer holds."""
+
+    def __init__(self, routes: Routes, rng: random.Random) -> None:
+        self.routes = routes
+        self.rng = rng
+        self.done: set[int] = set()
+        self.queues: dict[str, list[Step]] = {}
+        self.host: dict[int, int] = {}  # slot -> group
+        self.gpu: dict[int, int] = {}
+        self.lanes: dict[int, tuple[int, int]] = {}
+
+    def run(self, steps: list[Step], until: frozenset[int]) -> None:
+        for step in steps:
+            self.queues.setdefault(step.resource, []).append(step)
+        while not until <= self.done:
+            heads = [queue[0] for queue in self.queues.values() if queue and set(queue[0].after) <= self.done]
+            assert heads, "deadlock"
+            step = self.rng.choice(heads)
+            self.queues[step.resource].pop(0)
+            self.check(step)
+            self.done.add(step.id)
+
+    def check(self, step: Step) -> None:
+        routes = self.routes
+        if step.kind == "read":
+            self.host[step.slot] = step.group
+        elif step.kind == "upload":
+            assert step.group not in routes.reads or step.group in self.host.values()
+            self.gpu[step.slot] = step.group
+        elif step.kind in ("embed", "project", "finish", "head"):
+            if routes.compute == "gpu" and step.group in routes.uploads:
+                assert step.group in self.gpu.values()
+            if routes.compute == "cpu" and step.group in routes.reads:
+                assert step.group in self.host.values()
+        elif step.kind in ("kv_read", "kv_up") and self.lanes.get(step.slot) != (step.group, step.batch):
+            self.lanes[step.slot] = (step.group, step.batch)
+        elif step.kind in ("kv_down", "kv_write"):
+            assert self.lanes[step.slot] == (step.group, step.batch)
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_any_legal_timing_is_safe(seed: int) -> None:
+    rng = random.Random(seed)
+    routes = random_routes(rng)
+    lowerer = Lowerer(routes)
+    replay = Replay(routes, rng)
+    sequences = [sequence(i) for i in range(4)]
+    reads = 0
+    for number in range(5):
+        sweep = random_sweep(rng, number, routes, sequences)
+        lowered = lowerer.lower(sweep, more=number < 4)
+        ids = [step.id for step in lowered.steps]
+        assert ids == sorted(ids)
+        assert all(before < step.id for step in lowered.steps for before in step.after)
+        reads += sum(step.kind == "read" for step in lowered.steps)
+        for kind in ("project", "attend", "finish"):
+            per = [(step.group, step.batch) for step in lowered.steps if step.kind == kind]
+            assert per == [(g, b) for g in range(1, routes.num_layers + 1) for b in range(len(sweep.micro_batches))]
+        replay.run(lowered.steps, lowered.until)
+    # Each sweep reads every group on disk once; no more than one sweep's slots are fetched ahead.
+    assert 5 * len(routes.reads) <= reads <= 5 * len(routes.reads) + routes.host_slots
+
+
+def test_a_resident_run_has_no_transfers() -> None:
+    lowerer = Lowerer(Routes(num_layers=2, compute="cpu"))
+    sweep = Sweep(1, (MicroBatch((Slice(sequence(0), 0, 1, True, 1, 1),)),) * 2)
+    kinds = [step.kind for step in lowerer.lower(sweep, more=True).steps]
+    assert set(kinds) == {"embed", "project", "attend", "finish", "head"}
+
+
+def test_attention_elsewhere_overlaps_the_next_micro_batch() -> None:
+    lowerer = Lowerer(Routes(num_layers=1, compute="gpu"))
+    batches = tuple(MicroBatch((Slice(sequence(i), 0, 1, True, 1, 1),), "cpu", "gpu") for i in range(3))
+    steps = lowerer.lower(Sweep(1, batches), more=False).steps
+    on_gpu = [(step.kind, step.batch) for step in steps if step.resource == "gpu" and step.group == 1]
+    assert on_gpu == [("project", 0), ("project", 1), ("finish", 0), ("project", 2), ("finish", 1), ("finish", 2)]
+
+
+def test_weights_of_the_next_sweep_are_fetched_under_the_head() -> None:
+    lowerer = Lowerer(Routes(num_layers=3, compute="cpu", reads=(1, 2, 3), host_slots=2))
+    sweep = Sweep(1, (MicroBatch((Slice(sequence(0), 0, 1, True, 1, 1),)),))
+    first = lowerer.lower(sweep, more=True)
+    ahead = [step for step in first.steps if step.kind == "read" and step.id not in first.until]
+    assert [step.group for step in ahead] == [1, 2, 3, 1, 2]
+    assert [step.group for step in lowerer.lower(sweep, more=False).steps if step.kind == "read"] == [3]
