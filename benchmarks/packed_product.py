@@ -14,6 +14,7 @@ import json
 import platform
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ OUT, IN, WEIGHTS = 2048, 2048, 16  # 67 million weights: 30 MB in 4 bits
 
 def bf16_kernel(weights: list[Packed]) -> list[Callable[[Tensor], Tensor]]:
     """Torch's kernel for bf16 inputs, with the weights in the order that it wants."""
-    products = []
+    products: list[Callable[[Tensor], Tensor]] = []
     for weight in weights:
         assert weight.minimums is not None
         codes = unpack_codes(weight.codes, weight.shape[1]).int()
@@ -68,9 +69,9 @@ def main() -> None:
     weights = [quantize(torch.randn(OUT, IN) * 0.02, method="minmax") for _ in range(WEIGHTS)]
     halves = [dequantize(weight, torch.float16) for weight in weights]
     ways: dict[str, list[Callable[[Tensor], Tensor]]] = {
-        name: [lambda x, w=weight, m=name: packed_linear(x, [w], None, m) for weight in weights] for name in METHODS
+        name: [partial(packed_linear, parts=[weight], method=name) for weight in weights] for name in METHODS
     }
-    ways["16 bit"] = [lambda x, w=half: linear(x, [w]) for half in halves]
+    ways["16 bit"] = [partial(linear, parts=[half]) for half in halves]
     ways["torch bf16 (too inexact)"] = bf16_kernel(weights)
     table: dict[str, dict[int, float]] = {}
     errors: dict[str, float] = {}
