@@ -147,38 +147,37 @@ def _attend_chunk(
 
 def _attend_pages(batch: PageBatch, layer: Tensor, q: Tensor, scale: float) -> Tensor:
     total_rows, heads, dim = q.shape
-    kv_heads, size = layer.shape[1], layer.shape[3]
+    kv_heads = layer.shape[1]
     group = heads // kv_heads
-    number = batch.owner.shape[0]
     pool = layer if batch.gather is None else layer.index_select(0, batch.gather)
-    flat = pool.view(-1, 2, size, dim)  # [pages * KV, 2, P, D]
-    queries = torch.cat([q * scale, q.new_zeros(1, heads, dim)]).index_select(0, batch.owner)
-    queries = queries.view(number * kv_heads, group, dim)
-    flat_scores = q.new_empty(number * kv_heads, group, size)
+    queries = torch.cat([q, q.new_zeros(1, heads, dim)]).index_select(0, batch.owner)
+    queries = queries.view(-1, kv_heads, group, dim)
+    bias = batch.bias.expand(-1, 1, group, -1)
+    outputs, logs = [], []
     for first, place, count in batch.runs:
-        ours, theirs = _rows(place, count, kv_heads), _rows(first, count, kv_heads)
-        torch.bmm(queries[ours], flat[theirs, 0].transpose(1, 2), out=flat_scores[ours])
-    scores = flat_scores.view(number, kv_heads, group, size).add_(batch.bias)
-    highest = scores.amax(-1)  # [N, KV, G]
-    weights = scores.sub_(highest.unsqueeze(-1)).exp_()
-    flat_partial = torch.empty_like(queries)
-    for first, place, count in batch.runs:
-        ours, theirs = _rows(place, count, kv_heads), _rows(first, count, kv_heads)
-        torch.bmm(flat_scores[ours], flat[theirs, 1], out=flat_partial[ours])
-    partial = flat_partial.view(number, kv_heads, group, dim)
+        pages = pool[first : first + count]
+        ours = slice(place, place + count)
+        # The queries of a group of heads stand where a sequence's would: a page is attended to by one token.
+        output, log = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            queries[ours], pages[:, :, 0], pages[:, :, 1], 0.0, False, attn_mask=bias[ours], scale=scale
+        )
+        outputs.append(output)
+        logs.append(log)
+    partial = _joined(outputs)  # [N, KV, G, D]: the softmax over one page alone
+    weight = _joined(logs)  # [N, KV, G]: the logarithm of its sum
 
     # Merge the pages of each row: rescale every page to the row's maximum, add up, divide once.
-    padded = torch.cat([highest, highest.new_full((1, kv_heads, group), -torch.inf)])
-    row_highest = torch.cat([padded[batch.table].amax(1), padded.new_zeros(1, kv_heads, group)])
-    factor = highest.sub_(row_highest.index_select(0, batch.owner)).exp_()
-    total = q.new_zeros(total_rows + 1, kv_heads, group).index_add_(0, batch.owner, weights.sum(-1).mul_(factor))
+    padded = torch.cat([weight, weight.new_full((1, kv_heads, group), -torch.inf)])
+    highest = torch.cat([padded[batch.table].amax(1), padded.new_zeros(1, kv_heads, group)])
+    factor = weight.sub_(highest.index_select(0, batch.owner)).exp_()
+    total = q.new_zeros(total_rows + 1, kv_heads, group).index_add_(0, batch.owner, factor)
     attended = q.new_zeros(total_rows + 1, kv_heads, group, dim)
     attended.index_add_(0, batch.owner, partial.mul_(factor.unsqueeze(-1)))
     return attended[:total_rows].div_(total[:total_rows].unsqueeze(-1)).view(total_rows, heads, dim)
 
 
-def _rows(first: int, count: int, kv_heads: int) -> slice:
-    return slice(first * kv_heads, (first + count) * kv_heads)
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _paged(spans: Sequence[Span], page_tokens: int, window: int | None) -> PagedQueries:

@@ -6,6 +6,7 @@ It carries out ``read``, ``upload`` and ``gather`` Steps; when they happen is th
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from flexbatch.checkpoint.tensors import DTYPES, Checkpoint, TensorEntry
 from flexbatch.errors import UsageError
+from flexbatch.kernels.linear import pack
 from flexbatch.memory.aligned import align_up
 from flexbatch.memory.direct import DirectReader, Extent, ReadPlan, plan_reads
 from flexbatch.memory.weights import GroupWeights, Operand
@@ -103,7 +105,9 @@ class WeightStore:
         self._compute = compute
         self._on_gpu = device.compute == "gpu"
         self._resident: list[GroupWeights] = []
-        self._matrices: dict[str, Tensor] = {}
+        keys = Counter(unit.key for unit in units)
+        self._shared = {key for key, count in keys.items() if count > 1}
+        self._tables: dict[str, Tensor] = {}
         streamed = [unit for unit in units if not self._rests_at_compute(tiers[unit.key])]
         self._table = next((unit for unit in streamed if unit.is_table), None)
         self._table_tier = tiers[self._table.key] if self._table is not None else None
@@ -207,7 +211,7 @@ class WeightStore:
         for linear in group.linears:
             parts: tuple[Tensor, ...] = ()
             if (index, linear.name) in resident:
-                parts = (self._stacked(group, linear),)
+                parts = (self._operand(group, linear),)
             weights.linears[linear.name] = Operand(parts, self._bias(group, linear))
         for vector in group.vectors:
             name = group.prefix + vector.tensor
@@ -246,9 +250,11 @@ class WeightStore:
     def _matrix(self, name: str) -> Tensor:
         """A matrix that stands alone: an embedding, or a head, which may be the same stored tensor."""
         stored = self._checkpoint.entries[name].name
-        if stored not in self._matrices:
-            self._matrices[stored] = self._rest(self._read(name))
-        return self._matrices[stored]
+        if stored not in self._shared:
+            return self._rest(self._read(name))
+        if stored not in self._tables:
+            self._tables[stored] = self._rest(self._read(name))
+        return self._tables[stored]
 
     def _stacked(self, group: GroupSpec, linear: LinearSpec) -> Tensor:
         names = [f"{group.prefix}{part.module}.weight" for part in linear.parts]
@@ -263,6 +269,12 @@ class WeightStore:
             stacked[row : row + part.out_features] = stored.t() if linear.transposed else stored
             row += part.out_features
         return self._placed(stacked) if self._on_gpu else stacked
+
+    def _operand(self, group: GroupSpec, linear: LinearSpec) -> Tensor:
+        """A resident linear in the form its products read; a table of embeddings that is also a head stays a table."""
+        stacked = self._stacked(group, linear)
+        shared = any(stacked is table for table in self._tables.values())
+        return stacked if shared or self._on_gpu else pack(stacked)
 
     def _bias(self, group: GroupSpec, linear: LinearSpec) -> Tensor | None:
         if not linear.bias:
