@@ -19,6 +19,7 @@ from flexbatch.cli.backend import Backend
 from flexbatch.cli.console import print_error
 from flexbatch.cli.info import add_info_options, run_info
 from flexbatch.cli.options import add_run_options, run_options
+from flexbatch.cli.profile import add_profile_options, run_profile
 from flexbatch.cli.run import run_job
 from flexbatch.errors import ExitCode, FlexbatchError, UsageError
 
@@ -31,6 +32,8 @@ def main(argv: Sequence[str] | None = None, backend: Backend | None = None) -> i
         values = _parser().parse_args(arguments)
         if values.command == "info":
             code = run_info(values)
+        elif values.command == "profile":
+            code = run_profile(values)
         else:
             code = run_job(run_options(values), backend or Backend(), [*program, *arguments])
         if sys.stdout is not None:
@@ -68,6 +71,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     run = commands.add_parser("run", help="generate for every row of a file", allow_abbrev=False)
     add_run_options(run)
+    profile = commands.add_parser("profile", help="measure this machine for plans", allow_abbrev=False)
+    add_profile_options(profile)
     info = commands.add_parser("info", help="say what a model is and what it takes", allow_abbrev=False)
     add_info_options(info)
     return parser

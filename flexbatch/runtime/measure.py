@@ -158,11 +158,7 @@ def _profile(device: Device, folder: Path, found: Mapping[str, Estimate]) -> Har
     groups: dict[str, list[Estimate]] = defaultdict(list)
     for name, estimate in found.items():
         groups[_curve(name)].append(estimate)
-    sources = {
-        name: f"measured {when}: median of {min(e.count for e in estimates)} or more, "
-        f"known to {100 * max(e.spread for e in estimates):.1f}%"
-        for name, estimates in groups.items()
-    }
+    sources = {name: f"measured {when}: {_quality(estimates)}" for name, estimates in groups.items()}
     if _shared(device):
         sources |= {name.replace("gpu.", "cpu.", 1): text for name, text in sources.items() if name.startswith("gpu.")}
     memory = tier_capacities(device, folder)
@@ -173,6 +169,14 @@ def _profile(device: Device, folder: Path, found: Mapping[str, Estimate]) -> Har
             links[link] = _ASSUMED_DISK
             sources[f"links.{link}"] = _ASSUMED
     return HardwareProfile(machine_name(device), memory, links, cpu, gpu, sources)
+
+
+def _quality(estimates: Sequence[Estimate]) -> str:
+    spread = max(estimate.spread for estimate in estimates)
+    count = min(estimate.count for estimate in estimates)
+    return (
+        f"median of {count} or more, known to {100 * spread:.1f}%" if count > 1 else "one sample for its slowest point"
+    )
 
 
 def _assemble(tier: str, found: Mapping[str, Estimate]) -> Processor:
