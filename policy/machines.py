@@ -1,4 +1,7 @@
-"""Profiles of machines that people have, by name, and profiles in files. Knows no figures; reads and checks JSON."""
+"""Profiles of machines that people have, by name or in files, and what a plan may use of such a machine.
+
+Knows no figures; reads and checks JSON.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,12 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from flexbatch.errors import UsageError
+from flexbatch.options import EngineOptions
+from flexbatch.policy.placement import Machine
 from flexbatch.policy.profile import HardwareProfile, parse_profile
 
+SHARES = {"gpu": 0.9, "cpu": 0.8, "disk": 0.9}
+"""Of a tier's memory, what a plan takes unless it is told otherwise."""
 _LARGEST = 2**22  # bytes; a profile has a few thousand
 
 
@@ -43,6 +50,38 @@ def load_profile(name_or_path: str | Path) -> HardwareProfile:
     except (ValueError, RecursionError) as error:
         raise UsageError(f"--profile {name}: not valid JSON ({error}): write it with flexbatch profile") from None
     return parse_profile(value, name)
+
+
+def machine_of(profile: HardwareProfile, options: EngineOptions, stored_dtype: str) -> Machine:
+    """The machine that ``profile`` describes as a plan may use it: budgets are the options', or the default shares.
+
+    ``auto`` is its GPU where it has one. Raises UsageError if ``options`` ask for a GPU that it has not, or for a type
+    that its figures lack.
+    """
+    device = options.device
+    if profile.gpu is None and device not in ("auto", "cpu"):
+        raise UsageError(f"--device {device}: the profile {profile.name} has no GPU: use --device cpu")
+    compute = "gpu" if profile.gpu is not None and device != "cpu" else "cpu"
+    known = profile.processor(compute).products
+    native = stored_dtype if compute == "gpu" and device != "sim" else "float32"
+    if native not in known:  # bfloat16 on a GPU without it
+        native = "float16" if "float16" in known and compute == "gpu" else "float32"
+    dtype = native if options.dtype == "auto" else options.dtype
+    if dtype not in known:
+        raise UsageError(
+            f"--dtype {dtype}: the profile {profile.name} has no products in it: its {compute} has {', '.join(known)}"
+        )
+
+    def budget(tier: str, asked: int | None) -> int:
+        return int(SHARES[tier] * profile.memory.get(tier, 0)) if asked is None else asked
+
+    return Machine(
+        compute=compute,
+        gpu=budget("gpu", options.gpu_memory) if compute == "gpu" else 0,
+        cpu=budget("cpu", options.cpu_memory),
+        disk=budget("disk", options.disk_memory),
+        dtype=dtype,
+    )
 
 
 def profile_text(profile: HardwareProfile) -> str:

@@ -104,6 +104,7 @@ class Plan:
             "weight_bits": self.weight_bits,
             "kv_bits": self.kv_bits,
             "micro_batch_tokens": self.micro_batch_tokens,
+            "micro_batch_sequences": self.micro_batch_sequences,
             "max_sequences": self.max_sequences,
             "schedule": self.schedule,
             "dtype": self.dtype,
