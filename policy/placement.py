@@ -37,6 +37,11 @@ class Machine:
         """Bytes of ``tier``."""
         return {"gpu": self.gpu, "cpu": self.cpu, "disk": self.disk}[tier]
 
+    def with_budget(self, tier: str, nbytes: int) -> Machine:
+        """The same with ``nbytes`` on ``tier``."""
+        budgets = {"gpu": self.gpu, "cpu": self.cpu, "disk": self.disk, tier: nbytes}
+        return Machine(self.compute, budgets["gpu"], budgets["cpu"], budgets["disk"], self.dtype)
+
 
 @dataclass(frozen=True, slots=True)
 class _Job:

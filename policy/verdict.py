@@ -1,0 +1,138 @@
+"""Simulates a candidate's steady sweep Step by Step and writes the Plan with what is predicted of it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from flexbatch.policy.candidates import Candidate, Shop
+from flexbatch.policy.job import Setting, job_seconds, steady_seconds, sweep_busy
+from flexbatch.policy.placement import LANES
+from flexbatch.policy.plan import Plan
+from flexbatch.policy.sample import steady_sweep
+from flexbatch.policy.simulator import Simulator, SweepTiming, simulate
+from flexbatch.policy.steady import STAGED, TIER_OF
+from flexbatch.policy.weights import GPU_SLOTS, HOST_SLOTS, WeightPlacement
+from flexbatch.scheduler.lowering import Lowerer, Routes
+from flexbatch.units import Shares
+
+_MOST_STEPS = 30_000  # of a sweep; beyond it the sum over resources is what is predicted
+
+
+def predict(shop: Shop, candidate: Candidate) -> tuple[Plan, WeightPlacement]:
+    """The candidate as a Plan, its prediction corrected by what the simulated steady sweep takes."""
+    setting = candidate.setting
+    timing = simulated(shop, candidate)
+    expected = steady_seconds(setting)
+    seconds = expected if timing is None else timing.seconds
+    busy = sweep_busy(setting, setting.sequences * setting.mean.decode.decoding, setting.steady_prompt)
+    resource_s = busy if timing is None else timing.busy_s
+    whole = job_seconds(setting) * (seconds / expected if expected > 0 else 1.0)
+    tokens = setting.mean.tokens * setting.mean.sweeps * setting.mean.rows
+    predicted = {
+        "throughput_tok_s": tokens / max(whole, 1e-12),
+        "sweep_s": seconds,
+        "bottleneck": max(resource_s, key=lambda name: resource_s[name]),
+        "resource_s": {name: resource_s[name] for name in sorted(resource_s)},
+        "job_s": whole,
+        "steady_tok_s": setting.sequences * setting.mean.tokens / max(seconds, 1e-12),
+    }
+    return _plan(shop, candidate, predicted), candidate.placement
+
+
+def routes_of(setting: Setting, num_layers: int, compute: str) -> Routes:
+    """How bytes travel under ``setting``."""
+    weights = setting.weights
+    reads = tuple(sorted(group for group, nbytes in weights.read.items() if nbytes))
+    uploads = tuple(sorted(group for group, nbytes in weights.uploaded.items() if nbytes))
+    return Routes(
+        num_layers=num_layers,
+        compute="gpu" if compute == "gpu" else "cpu",
+        reads=reads,
+        uploads=uploads,
+        host_slots=HOST_SLOTS,
+        gpu_slots=GPU_SLOTS if uploads else 0,
+        gather=weights.gather,
+        cpu_attention=not any(way in ("cpu_up", "disk_up") for way in setting.ways),
+        lanes=LANES,
+    )
+
+
+def simulated(shop: Shop, candidate: Candidate, *, keep: Simulator | None = None) -> SweepTiming | None:
+    """The second of two simulated sweeps, whose first weights the first has fetched; None if it has too many Steps.
+
+    A block has sweeps of two kinds; the mean of its one sweep of prompts and its sweeps of decoding is given.
+    """
+    setting, cut = candidate.setting, candidate.choice.cut
+    simulator = keep or Simulator(overlap=shop.options.overlap, keep=False)
+    lowerer = Lowerer(routes_of(setting, shop.size.shape.num_layers, shop.machine.compute))
+
+    def sweep(number: int, *, decoding: bool, prompts: bool, prompt_tokens: float | None = None) -> SweepTiming | None:
+        made = steady_sweep(
+            shop.workload,
+            cut,
+            setting.ways,
+            candidate.choice.hidden,
+            setting.sequences,
+            decoding=decoding,
+            prompts=prompts,
+            prompt_tokens=prompt_tokens,
+            max_positions=shop.size.shape.max_positions,
+            number=number,
+        )
+        if len(made.micro_batches) * shop.size.shape.num_layers * 5 > _MOST_STEPS:
+            return None
+        return simulate(lowerer, simulator, made, setting.cost, setting.weights)
+
+    if not cut.block:
+        first = sweep(1, decoding=True, prompts=True)
+        return first and sweep(2, decoding=True, prompts=True)
+    prompts = setting.sequences * shop.workload.prompt_len
+    openings = math.ceil(prompts / cut.prompt_tokens)
+    opening = sweep(1, decoding=False, prompts=True, prompt_tokens=prompts / openings)
+    following = opening and sweep(2, decoding=True, prompts=False)
+    if opening is None or following is None:
+        return None
+    part = openings / (openings + setting.mean.sweeps - 1)
+    names = {*opening.busy_s, *following.busy_s}
+    busy = {name: part * opening.busy_s.get(name, 0.0) + (1 - part) * following.busy_s.get(name, 0.0) for name in names}
+    return SweepTiming(0.0, part * opening.seconds + (1 - part) * following.seconds, busy)
+
+
+def _plan(shop: Shop, candidate: Candidate, predicted: dict[str, Any]) -> Plan:
+    choice, setting, cut = candidate.choice, candidate.setting, candidate.choice.cut
+    pages, placement = candidate.pages, candidate.placement
+    total = max(1, sum(pages.values()))
+    gpu, cpu = pages.get("gpu", 0) / total, pages.get("cpu", 0) / total
+    kv = Shares(gpu, cpu, max(0.0, 1 - gpu - cpu) if pages.get("disk") else 0.0) if pages else choice.hidden
+    streamed = any(way in ("cpu_up", "disk_up") for way in choice.ways)
+    sequences = setting.sequences
+    return Plan(
+        model=shop.name,
+        hardware=shop.profile.name,
+        prompt_len=shop.workload.prompt_len,
+        gen_len=shop.workload.gen_len,
+        num_requests=shop.workload.num_requests,
+        weights=placement.shares,
+        kv=kv,
+        hidden=choice.hidden,
+        cpu_attention=0.0 if shop.machine.compute == "gpu" and streamed else 1.0 - kv.gpu,
+        weight_bits=choice.weight_bits,
+        kv_bits=choice.precision.kv_bits,
+        micro_batch_tokens=max(1, cut.micro_tokens),
+        max_sequences=sequences,
+        dtype=choice.precision.dtype,
+        weights_dtype=choice.precision.held if choice.weight_bits == 16 else shop.stored_dtype,
+        page_tokens=cut.page_tokens,
+        kv_pages=pages,
+        prompt_tokens_per_sweep=cut.prompt_tokens,
+        micro_batch_sequences=max(1, cut.micro_sequences),
+        logit_rows=cut.logit_rows,
+        staged_pages={TIER_OF[way]: cut.staged_pages for way in choice.ways if way in STAGED},
+        host_slots=HOST_SLOTS if placement.host_slot else 0,
+        gpu_slots=GPU_SLOTS if placement.gpu_slot else 0,
+        schedule=shop.options.schedule,
+        overlap=shop.options.overlap,
+        memory=candidate.memory,
+        predicted=predicted,
+    )
