@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from flexbatch.errors import UsageError
-from flexbatch.options import EngineOptions
+from flexbatch.options import DType, EngineOptions, Schedule
 from flexbatch.units import Shares
 
 _LARGEST = 2**22  # bytes
-_DTYPES = ("float16", "bfloat16", "float32")
+_DTYPES: tuple[DType, ...] = ("auto", "float16", "bfloat16", "float32")
 _OPTIONS = ("weights", "kv", "hidden", "cpu_attention", "micro_batch", "max_sequences")
 Value = TypeVar("Value")
 
@@ -58,29 +58,31 @@ def parse_plan(value: Any, where: str) -> SavedPlan:
     if not isinstance(value, dict):
         raise UsageError(f"--plan {where}: not a JSON object: save one with flexbatch plan --json")
     reader = _Reader(value)
+    default = EngineOptions()
     model = reader.take("model", _text)
-    shares = {name: reader.take(name, _shares) for name in ("weights", "kv", "hidden")}
+    weights, kv, hidden = (reader.take(name, _shares) for name in ("weights", "kv", "hidden"))
     attention = reader.take("cpu_attention", _fraction)
     weight_bits, kv_bits = reader.take("weight_bits", _bits), reader.take("kv_bits", _bits)
     sequences = reader.take("max_sequences", _count)
-    schedule = reader.take("schedule", _one_of("continuous", "block"), "continuous")
+    schedule: Schedule = reader.take("schedule", _schedule, default.schedule) or default.schedule
     tokens = reader.take("micro_batch_tokens", _count)
     batch = reader.take("micro_batch_sequences", _count) if schedule == "block" else tokens
-    dtype = reader.take("dtype", _one_of("auto", *_DTYPES), "auto")
+    dtype: DType = reader.take("dtype", _dtype, default.dtype) or default.dtype
     if reader.mistakes:
         lines = [f"--plan {where}: {mistake}" for mistake in reader.mistakes]
         raise UsageError("\n".join(lines))
-    kv = shares["kv"]
     options = EngineOptions(
-        **shares,
+        weights=weights,
+        kv=kv,
+        hidden=hidden,
         # With all KV on the GPU nothing is attended to elsewhere, whatever the share says.
         cpu_attention=None if kv is None or kv.gpu == 1 else bool(attention),
         weight_bits=weight_bits,
         kv_bits=kv_bits,
         micro_batch=batch,
         max_sequences=sequences,
-        schedule=schedule or "continuous",
-        dtype=dtype or "auto",
+        schedule=schedule,
+        dtype=dtype,
     )
     return SavedPlan(model or "", options)
 
@@ -147,10 +149,16 @@ def _count(value: Any) -> int:
     return value
 
 
-def _one_of(*known: str) -> Callable[[Any], Any]:
-    def parse(value: Any) -> str:
-        if value not in known:
-            raise _BadFieldError(f"write one of {', '.join(known)}")
-        return str(value)
+def _schedule(value: Any) -> Schedule:
+    if value == "continuous":
+        return "continuous"
+    if value == "block":
+        return "block"
+    raise _BadFieldError("write continuous or block")
 
-    return parse
+
+def _dtype(value: Any) -> DType:
+    for known in _DTYPES:
+        if value == known:
+            return known
+    raise _BadFieldError(f"write one of {', '.join(_DTYPES)}")

@@ -22,9 +22,10 @@ _RESOURCES = ("gpu", "cpu", "h2d", "d2h", "disk_read", "disk_write")
 
 @dataclass(frozen=True, slots=True)
 class Insight:
-    """Relative gains in throughput: ``more`` of a tier by one GB, a resource ``faster`` by 2. ``full``: tiers that bind.
+    """Relative gains in throughput from one GB ``more`` of a tier, from a resource twice as fast (``faster``).
 
-    ``short_job``: more rows, not more hardware, would help. ``events``: a simulated sweep in the steady state.
+    ``full``: the tiers whose memory binds; ``short_job``: more rows, not more hardware, would help; ``events``: a
+    simulated sweep in the steady state.
     """
 
     more: Mapping[str, float] = field(default_factory=dict)

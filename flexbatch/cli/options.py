@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from flexbatch.checkpoint.hub import canonical
 from flexbatch.errors import UsageError
 from flexbatch.options import THROTTLED, EngineOptions, Resource
+from flexbatch.policy.saved import load_plan
 from flexbatch.sampling import SamplingParams
 from flexbatch.units import Shares, parse_shares, parse_size
 
@@ -52,6 +54,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     files.add_argument("--overwrite", action="store_true", help="start anew, whatever output or .part is there")
     files.add_argument("--quiet", action="store_true", help="write nothing to stderr but errors")
     _add_generation(parser.add_argument_group("generation (a row's own values win)"))
+    parser.add_argument("--plan", metavar="FILE", type=Path, help="place as a plan saved by flexbatch plan --json says")
     add_engine_options(parser)
 
 
@@ -67,12 +70,16 @@ def run_options(values: argparse.Namespace) -> RunOptions:
         logprobs=values.logprobs,
         ignore_eos=values.ignore_eos,
     )
+    engine = engine_options(values)
+    plan = None if values.plan is None else load_plan(values.plan)
+    if plan is not None and canonical(plan.model) != canonical(values.model):
+        raise UsageError(f"--plan {values.plan}: is a plan for {plan.model}, not for {values.model}: save one for it")
     return RunOptions(
         model=values.model,
         input=values.input,
         output=values.output,
         params=params,
-        engine=engine_options(values),
+        engine=engine if plan is None else plan.applied(engine),
         chat=values.chat,
         template=None if values.chat_template is None else _read_template(values.chat_template),
         dummy_weights=values.dummy_weights,
@@ -217,6 +224,17 @@ def _bits(option: str) -> Callable[[str], Literal[16, 4] | None]:
         if text not in values:
             raise UsageError(f"{option} {text}: give 16, 4 or auto")
         return values[text]
+
+    return parse
+
+
+def count_option(option: str) -> Callable[[str], int]:
+    """Return what reads the value of ``option``, a whole number from 1 on."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) == 0:
+            raise UsageError(f"{option} {text}: give a whole number from 1 on")
+        return int(text)
 
     return parse
 
