@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,17 +12,18 @@ from flexbatch.cli.console import Console
 from flexbatch.cli.options import add_engine_options, count_option, engine_options
 from flexbatch.cli.plan_table import plan_table
 from flexbatch.cli.progress import LoadMeter
-from flexbatch.errors import ExitCode, UsageError
+from flexbatch.errors import ExitCode, ModelError, UsageError
 from flexbatch.jobs.output import check_place
 from flexbatch.options import EngineOptions
 
 if TYPE_CHECKING:
-    from flexbatch.requests import Request
     from flexbatch.checkpoint.locate import ModelFolder
     from flexbatch.policy.candidates import Shop
     from flexbatch.policy.placement import Machine
     from flexbatch.policy.profile import HardwareProfile
     from flexbatch.policy.workload import Workload
+    from flexbatch.requests import Request
+    from flexbatch.text.codec import TextCodec
 
 PROMPT_LEN, GEN_LEN, REQUESTS = 512, 128, 1000
 _TEXT_BYTES = 4  # of English a token, where there is no tokenizer to ask
@@ -116,7 +117,6 @@ def _rows(values: argparse.Namespace, folder: ModelFolder, console: Console) -> 
     from flexbatch.jobs.rows import read_rows, require_valid
     from flexbatch.policy.workload import Workload
     from flexbatch.sampling import SamplingParams
-    from flexbatch.text.codec import TextCodec
     from flexbatch.text.prompts import PromptEncoder
 
     job = read_rows(
@@ -126,7 +126,7 @@ def _rows(values: argparse.Namespace, folder: ModelFolder, console: Console) -> 
     requests = [row.request for row in job.rows if row.request is not None]
     if not requests:
         raise UsageError(f"--input {values.input}: has no rows: there is nothing to plan")
-    codec = TextCodec.load_if_present(folder.path)
+    codec = _codec(values.model, folder)
     if codec is None and any(not isinstance(request.prompt, tuple) for request in requests):
         console.warn(f"{folder.name} has no tokenizer here: one token for every {_TEXT_BYTES} bytes of text is assumed")
         prompts = [_guess(request) for request in requests]
@@ -141,6 +141,18 @@ def _rows(values: argparse.Namespace, folder: ModelFolder, console: Console) -> 
     limit = folder.shape.max_positions
     prompts = [min(prompt, limit) for prompt in prompts]
     return Workload(tuple(prompts), tuple(request.params.max_tokens for request in requests))
+
+
+def _codec(model: str, folder: ModelFolder) -> TextCodec | None:
+    """The model's tokenizer: from its folder, or from the hub where only its configuration is in the package."""
+    from flexbatch.checkpoint.hub import SHORT_NAMES, fetch
+    from flexbatch.text.codec import TextCodec
+
+    found = TextCodec.load_if_present(folder.path)
+    if found is None and not Path(model).expanduser().is_dir():
+        with suppress(ModelError):
+            found = TextCodec.load_if_present(fetch(model, SHORT_NAMES.get(model.lower(), model), weights=False))
+    return found
 
 
 def _guess(request: Request) -> int:
