@@ -6,24 +6,25 @@ Knows no Steps; how good a candidate is in time it asks of ``job``.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from flexbatch.options import EngineOptions, Resource
 from flexbatch.policy.cost import Cost, Precision, Way, traffic
 from flexbatch.policy.footprint import ModelSize, UnitSize
-from flexbatch.policy.job import Setting, job_seconds
+from flexbatch.policy.job import Setting
 from flexbatch.policy.memory import account, sized
 from flexbatch.policy.placement import Machine
-from flexbatch.policy.plan import TierMemory
+from flexbatch.policy.plan import TIERS, TierMemory
 from flexbatch.policy.profile import HardwareProfile
-from flexbatch.policy.program import Problem, Solution, solve
+from flexbatch.policy.program import Problem, Solution, solve_all
 from flexbatch.policy.steady import TIER_OF, Bounds, Choice, kv_name, steady_state
 from flexbatch.policy.weights import WeightPlacement, deal
 from flexbatch.policy.workload import Mean, Workload
 from flexbatch.units import Shares
 
 _ATTEMPTS = 6
+_AS_GOOD = 0.97  # of the shares' rate: what whole tensors may cost
 _LEAST_PACE = 256  # prompt tokens a sweep: products of fewer rows than this run below their best rate
 
 
@@ -120,58 +121,73 @@ class Candidate:
     pages: Mapping[str, int]
     memory: Mapping[str, TierMemory]
     setting: Setting
-    throughput: float
 
 
-def realise(shop: Shop, choice: Choice, good: float) -> list[Candidate]:
-    """The candidates of one choice: its best block, the smallest sweep of at least the rate ``good``, and paces."""
-    placement = placed(shop, choice)
-    if placement is None:
-        return []
-    problem = shop.problem(choice, placement=placement)
-    best = solve(problem)
-    if best is None:
-        return []
-    solutions = [best]
-    small = solve(problem, at_least=min(good, 0.99 * best.rate))
-    if small is not None:
-        solutions.append(small)
-    found: dict[tuple[int, int], Candidate] = {}
-    for solution in solutions:
-        for candidate in _whole(shop, choice, placement, solution):
-            key = (candidate.setting.sequences, candidate.setting.prompt_tokens)
-            if key not in found or found[key].throughput < candidate.throughput:
-                found[key] = candidate
-    return list(found.values())
+@dataclass(slots=True)
+class Trial:
+    """A choice on its way to a candidate: with ``sequences`` in flight, or as many as are best (None).
+
+    ``tried``: the machine with budgets that leave room for what whole tensors take beyond shares.
+    """
+
+    choice: Choice
+    sequences: float | None
+    sweep_s: float
+    tried: Machine
+    placement: WeightPlacement | None = None
+    solution: Solution | None = None
 
 
-def placed(shop: Shop, choice: Choice, machine: Machine | None = None) -> WeightPlacement | None:
-    """Deal the weights out as the program says; where whole tensors take more than shares, with smaller budgets."""
-    machine = machine or shop.machine
+def realise(shop: Shop, trials: Sequence[Trial]) -> list[Candidate]:
+    """The candidates that come of ``trials``: weights dealt out as the program says, then sequences and pages counted.
+
+    Where whole tensors take more than shares, the program is asked again with smaller budgets.
+    """
+    pending = list(trials)
+    for _ in range(_ATTEMPTS):
+        if not pending:
+            break
+        free = _solved(pending, [shop.problem(trial.choice, machine=trial.tried) for trial in pending])
+        pending = [trial for trial, solution in zip(pending, free, strict=True) if solution is not None]
+        optima = [solution for solution in free if solution is not None]
+        dealt = [_deal(shop, trial.choice, solution) for trial, solution in zip(pending, optima, strict=True)]
+        fixed = [shop.problem(trial.choice, placement=of) for trial, of in zip(pending, dealt, strict=True)]
+        again = _solved(pending, fixed)
+        unsettled = []
+        for trial, placement, optimum, problem, solution in zip(pending, dealt, optima, fixed, again, strict=True):
+            if solution is not None and (trial.solution is None or solution.rate > trial.solution.rate):
+                trial.placement, trial.solution = placement, solution
+            if solution is None or solution.rate < _AS_GOOD * optimum.rate:
+                over = {tier: problem.limits[tier].at(optimum.values) for tier in TIERS if tier in problem.limits}
+                if shop.options.weights is None and max(over.values()) > 0:
+                    for tier, excess in over.items():
+                        less = trial.tried.budget(tier) - math.ceil(max(0.0, excess))
+                        trial.tried = trial.tried.with_budget(tier, max(0, less))
+                    unsettled.append(trial)
+        pending = unsettled
+    found = (_whole(shop, trial, pace) for trial in trials for pace in (False, True))
+    return [candidate for candidate in found if candidate is not None]
+
+
+def _solved(trials: Sequence[Trial], problems: Sequence[Problem]) -> list[Solution | None]:
+    """The optimum of each trial's problem: the shortest sweep of its sequences, or the highest rate of any number."""
+    fixed = [place for place, trial in enumerate(trials) if trial.sequences is not None]
+    found: list[Solution | None] = [None] * len(trials)
+    bound = [problems[place].with_sequences(trials[place].sequences or 0.0) for place in fixed]
+    for place, solution in zip(fixed, solve_all(bound, [trials[place].sweep_s for place in fixed]), strict=True):
+        found[place] = solution
+    others = [place for place in range(len(trials)) if place not in fixed]
+    for place, solution in zip(others, solve_all([problems[place] for place in others]), strict=True):
+        found[place] = solution
+    return found
+
+
+def _deal(shop: Shop, choice: Choice, solution: Solution) -> WeightPlacement:
     given = shop.given(choice)
     if given is not None:
         return given
-    tried = machine
-    for _ in range(_ATTEMPTS):
-        solution = solve(shop.problem(choice, machine=tried))
-        if solution is None:
-            return None
-        shares = {tier: solution.values.get(f"weights_{tier}", 0.0) for tier in ("gpu", "cpu", "disk")}
-        placement = deal(shop.resized(choice), _shares(shares), compute=machine.compute, edges=choice.edges)
-        fixed = shop.problem(choice, placement=placement, machine=machine)
-        again = solve(fixed)
-        if again is not None and again.rate >= 0.9 * solution.rate:
-            return placement
-        over = {
-            tier: max(0.0, fixed.limits[tier].at(solution.values))
-            for tier in ("gpu", "cpu", "disk")
-            if tier in fixed.limits
-        }
-        if not any(over.values()):
-            return placement if again is not None else None
-        for tier, excess in over.items():
-            tried = tried.with_budget(tier, max(0, math.floor(tried.budget(tier) - excess)))
-    return placement if again is not None else None
+    shares = {tier: solution.values.get(f"weights_{tier}", 0.0) for tier in TIERS}
+    return deal(shop.resized(choice), _shares(shares), compute=shop.machine.compute, edges=choice.edges)
 
 
 def _shares(parts: Mapping[str, float]) -> Shares:
@@ -184,47 +200,49 @@ def _shares(parts: Mapping[str, float]) -> Shares:
     return Shares(gpu, 1 - gpu, 0) if disk < 1e-6 else Shares(gpu, cpu, disk)
 
 
-def _whole(shop: Shop, choice: Choice, placement: WeightPlacement, solution: Solution) -> Iterator[Candidate]:
-    """Whole sequences and pages, once for every pace of prompts; nothing if memory has no room for them."""
-    mean = shop.mean(choice)
-    parts = {way: solution.values.get(kv_name(way), 0.0) for way in choice.ways}
+def _whole(shop: Shop, trial: Trial, hasty: bool) -> Candidate | None:
+    """Whole sequences and pages; None if memory has no room for them. ``hasty``: prompts come in as fast as may be."""
+    if trial.solution is None or trial.placement is None:
+        return None
+    mean, choice = shop.mean(trial.choice), trial.choice
+    parts = {way: trial.solution.values.get(kv_name(way), 0.0) for way in choice.ways}
     total = sum(parts.values())
-    if total <= 0:
-        return
     used: tuple[Way, ...] = tuple(way for way in choice.ways if parts[way] > 1e-3 * total)
     ways = {way: parts[way] / sum(parts[other] for other in used) for way in used}
     sequences = max(1, math.floor(total + 1e-6))
-    for pace in _paces(choice, mean, sequences):
-        own = replace(choice, ways=used, cut=replace(choice.cut, prompt_tokens=pace))
-        pages = pages_of(shop, own, placement, ways, sequences)
-        if pages is None:
-            continue
-        memory = shop.memory(own, placement, pages, sequences)
-        if any(used_bytes.total > used_bytes.budget for used_bytes in memory.values()):
-            continue
-        last = len(shop.size.groups) - 1
-        setting = Setting(
-            choice=own,
-            cost=shop.cost(own),
-            weights=traffic(shop.resized(own), placement.tiers, own.precision, shop.machine.compute, last),
-            mean=mean,
-            ways=ways,
-            sequences=sequences,
-            prompt_tokens=pace,
-            pages=sum(pages.values()),
-            overlap=shop.options.overlap,
-        )
-        tokens = mean.tokens * mean.sweeps * mean.rows
-        yield Candidate(own, placement, pages, memory, setting, tokens / max(1e-12, job_seconds(setting)))
+    steady, wide = _paces(choice, mean, sequences)
+    if hasty and wide == steady:
+        return None
+    choice = replace(choice, ways=used, cut=replace(choice.cut, prompt_tokens=wide if hasty else steady))
+    pages = pages_of(shop, choice, trial.placement, ways, sequences)
+    if pages is None:
+        return None
+    memory = shop.memory(choice, trial.placement, pages, sequences)
+    if any(used_bytes.total > used_bytes.budget for used_bytes in memory.values()):
+        return None
+    last = len(shop.size.groups) - 1
+    weights = traffic(shop.resized(choice), trial.placement.tiers, choice.precision, shop.machine.compute, last)
+    setting = Setting(
+        choice=choice,
+        cost=shop.cost(choice),
+        weights=weights,
+        mean=mean,
+        ways=ways,
+        sequences=sequences,
+        prompt_tokens=choice.cut.prompt_tokens,
+        pages=sum(pages.values()),
+        overlap=shop.options.overlap,
+    )
+    return Candidate(choice, trial.placement, pages, memory, setting)
 
 
-def _paces(choice: Choice, mean: Mean, sequences: int) -> list[int]:
+def _paces(choice: Choice, mean: Mean, sequences: int) -> tuple[int, int]:
     """Prompt tokens that a sweep may take in: as fast as rows end, so that sweeps are alike, or as fast as may be."""
-    wide = choice.cut.prompt_tokens
+    wide, steady = choice.cut.prompt_tokens, sequences * mean.prompt.tokens
     if choice.cut.block:
-        return sorted({wide, max(wide, math.ceil(sequences * mean.prompt.tokens * mean.sweeps))})
-    steady = max(_LEAST_PACE, math.ceil(sequences * mean.prompt.tokens))
-    return sorted({min(steady, wide), wide, max(steady, wide)})
+        return wide, max(wide, math.ceil(steady * mean.sweeps))
+    pace = max(_LEAST_PACE, math.ceil(steady))
+    return pace, max(pace, wide)
 
 
 def pages_of(

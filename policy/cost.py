@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from flexbatch.errors import UsageError
@@ -79,6 +79,17 @@ class Traffic:
     uploaded: Mapping[int, float] = field(default_factory=dict)
     widened: Mapping[int, float] = field(default_factory=dict)
     gather: Resource | None = None
+
+    def shortened(self, layers: int, kept: int) -> Traffic:
+        """For a model of which ``kept`` layers stay: each with what a mean one of the ``layers`` has."""
+
+        def short(by_group: Mapping[int, float]) -> dict[int, float]:
+            mean = sum(by_group.get(group, 0.0) for group in range(1, layers + 1)) / layers
+            edges = {0: by_group.get(0, 0.0), kept + 1: by_group.get(layers + 1, 0.0)}
+            found = {**edges, **dict.fromkeys(range(1, kept + 1), mean)}
+            return {group: found[group] for group in sorted(found) if found[group]}
+
+        return Traffic(short(self.read), short(self.uploaded), short(self.widened), self.gather)
 
 
 def traffic(
@@ -181,6 +192,21 @@ class Cost:
         self.windows: dict[int | None, int] = defaultdict(int)
         for window in size.shape.windows:
             self.windows[window] += 1
+
+    def shortened(self, layers: int) -> Cost:
+        """The cost of the same model with its first ``layers`` layers only."""
+        shape = replace(self.size.shape, num_layers=layers, windows=self.size.shape.windows[:layers])
+        groups = (*self.size.groups[: layers + 1], self.size.groups[-1])
+        short = Cost(
+            ModelSize(shape, groups),
+            self.precision,
+            self._profile,
+            compute=self.compute,
+            page_tokens=self.page_tokens,
+            logit_rows=self.logit_rows,
+        )
+        short.windows = self.windows
+        return short
 
     # --- bytes and FLOPs ---------------------------------------------------------------------------------------------
 

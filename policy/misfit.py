@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from flexbatch.errors import DoesNotFitError
-from flexbatch.policy.candidates import Shop, placed, realise
+from flexbatch.policy.candidates import Shop, Trial, realise
 from flexbatch.policy.memory import sized
 from flexbatch.policy.program import shortfall
 from flexbatch.policy.steady import Choice
@@ -58,7 +58,7 @@ def _exact(shop: Shop, choice: Choice, tier: str, missing: float) -> int:
     amount = max(1, int(missing))
     for _ in range(_ATTEMPTS):
         larger = _with_more(shop, tier, amount)
-        if realise(larger, choice, 0.0):
+        if realise(larger, [Trial(choice, None, 1.0, larger.machine)]):
             return amount
         amount = int(_GROWTH * amount) + step
     return amount
@@ -72,10 +72,7 @@ def _with_more(shop: Shop, tier: str, amount: int) -> Shop:
 def _more_than_one(shop: Shop, choice: Choice) -> DoesNotFitError:
     """Several tiers are too small at once: name the tier of the products and what everything there would need."""
     tier = shop.machine.compute
-    everything = sum(unit.nbytes for unit in shop.resized(choice))
-    larger = _with_more(shop, tier, 4 * everything)
-    reached = placed(larger, choice) is not None
-    missing = max(1, everything - shop.machine.budget(tier)) if reached else everything
+    missing = max(1, sum(unit.nbytes for unit in shop.resized(choice)) - shop.machine.budget(tier))
     return DoesNotFitError(
         f"{shop.name} does not fit: several tiers are too small at once, the {tier} tier among them, which has "
         f"{format_size(shop.machine.budget(tier))}: {format_size(missing)} are missing there: raise --gpu-memory, "

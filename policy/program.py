@@ -5,7 +5,7 @@ Maximise (gain . z) / T over z >= 0 and T >= every time row. It knows no models 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import pulp
@@ -35,12 +35,16 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """``times`` are seconds by resource, T is at least each; ``limits`` are at most 0, ``equal`` are 0."""
+    """``times`` are seconds by resource, T is at least each; ``limits`` are at most 0, ``equal`` are 0.
+
+    ``rate``: the least that gain / T may be.
+    """
 
     gain: Mapping[str, float]
     times: Mapping[str, Row]
     limits: Mapping[str, Row]
     equal: Mapping[str, Row] = field(default_factory=dict)
+    rate: float = 0.0
 
     @property
     def variables(self) -> list[str]:
@@ -52,6 +56,14 @@ class Problem:
         """The same with ``amount`` more of what ``limit`` bounds."""
         row = self.limits[limit]
         return replace(self, limits={**self.limits, limit: Row(row.terms, row.constant - amount)})
+
+    def with_sequences(self, number: float) -> Problem:
+        """The same with the sum of all that gains fixed."""
+        return replace(self, equal={**self.equal, "number": Row(dict.fromkeys(self.gain, 1.0), -number)})
+
+    def with_rate(self, rate: float) -> Problem:
+        """The same with a rate of at least ``rate``."""
+        return replace(self, rate=rate)
 
     def with_faster(self, resource: str, factor: float) -> Problem:
         """The same with ``resource`` ``factor`` times as fast."""
@@ -79,55 +91,74 @@ class Solution:
         return max(self.busy_s, key=lambda name: self.busy_s[name])
 
 
-def solve(problem: Problem, *, at_least: float | None = None) -> Solution | None:
-    """Return the optimum, or None if nothing with a gain satisfies the limits.
+def solve(problem: Problem) -> Solution | None:
+    """Return the optimum, or None if nothing with a gain satisfies the limits."""
+    return solve_all([problem])[0]
 
-    With ``at_least``: of all points of that rate or more, the one with the shortest sweep.
+
+def solve_all(problems: Sequence[Problem], scales_s: Sequence[float] | None = None) -> list[Solution | None]:
+    """Return the optimum of each, all found by one call of the solver: they share no variable.
+
+    With ``scales_s`` (about each sweep's seconds) the shortest sweep is found instead of the highest rate, and among
+    equal ones that which keeps its resources least busy: for problems that bound their rate or fix their sequences.
     """
     program = pulp.LpProblem("plan", pulp.LpMaximize)
-    inverse = pulp.LpVariable("inverse_time", lowBound=0)
-    scaled = {name: pulp.LpVariable(f"z{index}", lowBound=0) for index, name in enumerate(problem.variables)}
-    busy = {name: _expression(row, scaled, inverse) for name, row in problem.times.items()}
-    rate = pulp.LpAffineExpression([(scaled[name], gain) for name, gain in problem.gain.items()])
-    if at_least is None:
-        program.setObjective(rate)
+    parts = [_Part(program, index, problem) for index, problem in enumerate(problems)]
+    if scales_s is None:
+        program.setObjective(pulp.lpSum(part.rate for part in parts))
     else:
-        program.setObjective(inverse - _BUSY * pulp.lpSum(busy.values()))
-        program.addConstraint(rate >= at_least, "rate")
-    scales: dict[str, float] = {}
-    rows: list[tuple[str, pulp.LpConstraint]] = []
-    for name, expression in busy.items():
-        rows.append((name, expression <= 1))
-        scales[name] = 1.0
-    for kind, named in (("limit", problem.limits), ("equal", problem.equal)):
-        for name, row in named.items():
-            scale = _scale(row)
-            expression = _expression(_scaled(row, 1 / scale), scaled, inverse)
-            rows.append((name, expression <= 0 if kind == "limit" else expression == 0))
-            scales[name] = 1 / scale
-    for index, (_, constraint) in enumerate(rows):
-        program.addConstraint(constraint, f"r{index}")
-    program.solve(pulp.PULP_CBC_CMD(msg=False, threads=1))
-    status = pulp.LpStatus[program.status]
-    if status == "Infeasible":
-        return None
-    if status != "Optimal":
-        raise InternalError(f"the plan's linear program ended as {status}")
-    reached, t = float(rate.value() or 0.0), float(inverse.value() or 0.0)
-    if t <= 0 or reached <= 0:
-        return None
-    values = {name: max(0.0, float(variable.value() or 0.0)) / t for name, variable in scaled.items()}
-    prices = {}
-    for index, (name, _) in enumerate(rows):
-        dual = float(program.constraints[f"r{index}"].pi or 0.0)
-        prices[name] = dual * scales[name] * (t if name in problem.limits or name in problem.equal else 1.0)
-    return Solution(
-        rate=reached,
-        sweep_s=1 / t,
-        values=values,
-        busy_s={name: row.at(values) for name, row in problem.times.items()},
-        prices=prices,
-    )
+        program.setObjective(pulp.lpSum(part.haste(scale) for part, scale in zip(parts, scales_s, strict=True)))
+    if parts:
+        program.solve(pulp.PULP_CBC_CMD(msg=False, threads=1))
+        status = pulp.LpStatus[program.status]
+        if status != "Optimal":
+            raise InternalError(f"the plan's linear program ended as {status}")
+    return [part.solution() for part in parts]
+
+
+class _Part:
+    """One problem in the variables z / T and 1 / T. Nothing at all is always feasible there, with a rate of 0."""
+
+    def __init__(self, program: pulp.LpProblem, index: int, problem: Problem) -> None:
+        self._problem = problem
+        self._inverse = pulp.LpVariable(f"t{index}", lowBound=0)
+        self._scaled = {
+            name: pulp.LpVariable(f"z{index}_{place}", lowBound=0) for place, name in enumerate(problem.variables)
+        }
+        self._busy = {name: _expression(row, self._scaled, self._inverse) for name, row in problem.times.items()}
+        self.rate = pulp.LpAffineExpression([(self._scaled[name], gain) for name, gain in problem.gain.items()])
+        self._rows: list[tuple[str, pulp.LpConstraint, float]] = []
+        for name, busy in self._busy.items():
+            self._add(program, f"c{index}_{len(self._rows)}", name, busy <= 1, 1.0)
+        for name, row in (*problem.limits.items(), *problem.equal.items()):
+            scale = 1 / _scale(row)
+            expression = _expression(_scaled(row, scale), self._scaled, self._inverse)
+            constraint = expression <= 0 if name in problem.limits else expression == 0
+            self._add(program, f"c{index}_{len(self._rows)}", name, constraint, scale)
+
+        if problem.rate > 0:
+            program.addConstraint(self.rate >= problem.rate, f"r{index}")
+
+    def _add(self, program: pulp.LpProblem, label: str, name: str, constraint: pulp.LpConstraint, scale: float) -> None:
+        program.addConstraint(constraint, label)
+        self._rows.append((name, constraint, scale))
+
+    def haste(self, scale_s: float) -> pulp.LpAffineExpression:
+        """1 / T in units of about 1, less a little for every resource that is busy."""
+        return scale_s * self._inverse - _BUSY * pulp.lpSum(self._busy.values())
+
+    def solution(self) -> Solution | None:
+        """What the solver found, back in z and T."""
+        reached, t = float(self.rate.value() or 0.0), float(self._inverse.value() or 0.0)
+        if t <= 0 or reached <= 0:
+            return None
+        values = {name: max(0.0, float(variable.value() or 0.0)) / t for name, variable in self._scaled.items()}
+        prices = {
+            name: float(constraint.pi or 0.0) * scale * (1.0 if name in self._busy else t)
+            for name, constraint, scale in self._rows
+        }
+        busy_s = {name: row.at(values) for name, row in self._problem.times.items()}
+        return Solution(reached, 1 / t, values, busy_s, prices)
 
 
 def shortfall(problem: Problem, limit: str, least: float) -> float | None:

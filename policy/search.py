@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from flexbatch.errors import UsageError
 from flexbatch.options import EngineOptions
-from flexbatch.policy.candidates import Candidate, Shop, realise
+from flexbatch.policy.candidates import Shop, Trial, realise
 from flexbatch.policy.cost import Precision, Way
 from flexbatch.policy.footprint import DTYPE_BYTES, ModelSize, UnitSize
 from flexbatch.policy.memory import cut_for
@@ -18,9 +18,9 @@ from flexbatch.policy.misfit import does_not_fit
 from flexbatch.policy.placement import Machine
 from flexbatch.policy.plan import Plan
 from flexbatch.policy.profile import HardwareProfile
-from flexbatch.policy.program import Solution, solve
+from flexbatch.policy.program import Solution, solve_all
 from flexbatch.policy.steady import Choice
-from flexbatch.policy.verdict import predict
+from flexbatch.policy.verdict import finalists, plan_of
 from flexbatch.policy.weights import WeightPlacement
 from flexbatch.policy.workload import Workload
 from flexbatch.units import Shares
@@ -30,6 +30,9 @@ _BLOCK_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 _LEAST_PROMPTS = 2048  # prompt tokens that a sweep may take in at once, at least
 _REALISED = 4
 _SIMULATED = 3
+_NEAR = 0.7  # of the best rate: choices of less are not looked at
+_NEARLY = 0.97
+_MULTIPLES = (1, 2, 4)  # of the smallest sweep's sequences
 _EQUAL = 0.99  # plans within one percent are equal; the one with the smallest sweep is taken
 
 
@@ -53,14 +56,50 @@ def choose(
     check_options(options, machine)
     shop = Shop(name, size, tuple(units), workload, options, machine, profile, stored_dtype)
     ranked = ranking(shop)
-    candidates = _candidates(shop, ranked)
+    candidates = realise(shop, _trials(shop, ranked)) if ranked else []
     if not candidates:
         raise does_not_fit(shop, list(_choices(shop, machine.compute)))
-    candidates.sort(key=lambda candidate: -candidate.throughput)
-    judged = [predict(shop, candidate) for candidate in candidates[:_SIMULATED]]
-    best = max(plan.predicted["throughput_tok_s"] for plan, _ in judged)
-    equal = [found for found in judged if found[0].predicted["throughput_tok_s"] >= _EQUAL * best]
-    return min(equal, key=lambda found: found[0].predicted["sweep_s"])
+    estimates = finalists(shop, candidates)
+    best = max(estimate.throughput for estimate in estimates)
+    equal = [estimate for estimate in estimates if estimate.throughput >= _EQUAL * best]
+    return plan_of(shop, min(equal, key=lambda estimate: estimate.sweep_s))
+
+
+def _trials(shop: Shop, ranked: Sequence[Ranked]) -> list[Trial]:
+    """Blocks to look at: of the best choices of every way of KV the smallest sweep that is as good, and larger ones."""
+    trials: list[Trial] = []
+    chosen = _best_choices(ranked)
+    shortest = solve_all(
+        [shop.problem(found.choice).with_rate(_EQUAL * found.solution.rate) for found in chosen],
+        [found.solution.sweep_s for found in chosen],
+    )
+    for found, small in zip(chosen, shortest, strict=True):
+        least, most = sequences_of(small or found.solution), sequences_of(found.solution)
+        seconds = (small or found.solution).sweep_s / least
+        numbers = {min(float(round(factor * least + 0.5)), max(most, least)) for factor in _MULTIPLES}
+        trials += [Trial(found.choice, number, seconds * number, shop.machine) for number in sorted(numbers)]
+        trials.append(Trial(found.choice, None, found.solution.sweep_s, shop.machine))
+    return trials
+
+
+def sequences_of(solution: Solution) -> float:
+    """Sequences in flight."""
+    return sum(value for name, value in solution.values.items() if name.startswith("sequences_"))
+
+
+def _best_choices(ranked: Sequence[Ranked]) -> list[Ranked]:
+    """Of every way of KV the best choice, and the one with the smallest micro-batch that is nearly as good."""
+    chosen: list[Ranked] = []
+    for ways in dict.fromkeys(found.choice.ways for found in ranked):
+        own = [found for found in ranked if found.choice.ways == ways]
+        if own[0].solution.rate < _NEAR * ranked[0].solution.rate:
+            continue
+        nearly = [found for found in own if found.solution.rate >= _NEARLY * own[0].solution.rate]
+        chosen.append(own[0])
+        small = min(nearly, key=lambda found: found.choice.rows)
+        if small is not own[0]:
+            chosen.append(small)
+    return chosen
 
 
 def check_options(options: EngineOptions, machine: Machine) -> None:
@@ -82,23 +121,27 @@ class Ranked:
 def ranking(shop: Shop) -> list[Ranked]:
     """The optimum of every choice that has one, best first."""
     compute = shop.machine.compute
-    ranked = _solved(shop, _choices(shop, compute))
-    scarce = not ranked or any(found.solution.prices.get(compute, 0.0) > 0 for found in ranked[:1])
-    if scarce and shop.options.weights is None:
+    ranked = _solved(shop, list(_choices(shop, compute)))
+    others: list[Choice] = []
+    if shop.options.weights is None and _scarce(ranked, compute):
         for edges in ("cpu", "disk") if compute == "gpu" else ("disk",):
-            ranked += _solved(shop, _choices(shop, edges))
-    if shop.options.kv is None and (not ranked or max(found.solution.prices.get("cpu", 0.0) for found in ranked) > 0):
-        ranked += _solved(shop, _choices(shop, compute, disk=True))
-    return sorted(ranked, key=lambda found: -found.solution.rate)
+            others += _choices(shop, edges)
+    if shop.options.kv is None and _scarce(ranked, "cpu"):
+        others += _choices(shop, compute, disk=True)
+    return sorted([*ranked, *_solved(shop, others)], key=lambda found: -found.solution.rate)
 
 
-def _solved(shop: Shop, choices: Iterator[Choice]) -> list[Ranked]:
-    found = []
-    for choice in choices:
-        solution = solve(shop.problem(choice))
-        if solution is not None:
-            found.append(Ranked(choice, solution))
-    return found
+def _scarce(ranked: Sequence[Ranked], tier: str) -> bool:
+    """Whether more of ``tier`` would allow more to the best choices, or nothing fits at all."""
+    best = max((found.solution.rate for found in ranked), default=0.0)
+    return all(found.solution.prices.get(tier, 0.0) > 0 for found in ranked if found.solution.rate >= _EQUAL * best)
+
+
+def _solved(shop: Shop, choices: Sequence[Choice]) -> list[Ranked]:
+    solutions = solve_all([shop.problem(choice) for choice in choices])
+    return [
+        Ranked(choice, solution) for choice, solution in zip(choices, solutions, strict=True) if solution is not None
+    ]
 
 
 def _choices(shop: Shop, edges: str, *, disk: bool = False) -> Iterator[Choice]:
@@ -170,13 +213,3 @@ def _ways(options: EngineOptions, machine: Machine, *, disk: bool) -> list[tuple
         if machine.compute == "gpu":
             sets.append(("gpu",))
     return sets
-
-
-def _candidates(shop: Shop, ranked: Sequence[Ranked]) -> list[Candidate]:
-    """The best few choices, made whole: weights dealt out, pages counted, and accepted by the account of memory."""
-    found: list[Candidate] = []
-    for tried, entry in enumerate(ranked):
-        if tried >= _REALISED and (found or tried >= 4 * _REALISED):
-            break
-        found += realise(shop, entry.choice, ranked[0].solution.rate * _EQUAL)
-    return found

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from flexbatch.policy.candidates import Candidate, Shop
+from flexbatch.policy.cost import Traffic, Way
 from flexbatch.policy.job import Setting, job_seconds, steady_seconds, sweep_busy
 from flexbatch.policy.placement import LANES
 from flexbatch.policy.plan import Plan
@@ -16,15 +20,59 @@ from flexbatch.policy.weights import GPU_SLOTS, HOST_SLOTS, WeightPlacement
 from flexbatch.scheduler.lowering import Lowerer, Routes
 from flexbatch.units import Shares
 
+_LAYERS = 12  # enough for a rhythm
+_OF_EACH = 5
 _MOST_STEPS = 30_000  # of a sweep; beyond it the sum over resources is what is predicted
 
 
-def predict(shop: Shop, candidate: Candidate) -> tuple[Plan, WeightPlacement]:
-    """The candidate as a Plan, its prediction corrected by what the simulated steady sweep takes."""
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A candidate with what simulated sweeps of its first layers say.
+
+    ``stretch``: how many times the sum over its busiest resource a sweep takes. ``throughput`` is the whole job's.
+    """
+
+    candidate: Candidate
+    stretch: float
+    sweep_s: float
+    throughput: float
+
+
+def finalists(shop: Shop, candidates: Sequence[Candidate]) -> list[Estimate]:
+    """Estimates of those with the highest rate by sums over resources, the best of every way of KV among them."""
+
+    def rate(candidate: Candidate) -> float:
+        return candidate.setting.sequences / max(1e-12, steady_seconds(candidate.setting))
+
+    ordered = sorted(candidates, key=rate, reverse=True)
+    firsts: dict[tuple[Way, ...], int] = defaultdict(int)
+    found: list[Estimate] = []
+    for candidate in ordered:
+        firsts[candidate.choice.ways] += 1
+        if firsts[candidate.choice.ways] <= _OF_EACH:
+            found.append(estimate(shop, candidate))
+    return found
+
+
+def estimate(shop: Shop, candidate: Candidate) -> Estimate:
+    """Simulate a few layers of a candidate's steady sweep, and sum up its job."""
     setting = candidate.setting
+    timing = simulated(shop, candidate, layers=min(_LAYERS, shop.size.shape.num_layers))
+    stretch = 1.0
+    if timing is not None:
+        most = max(timing.busy_s.values()) if setting.overlap else sum(timing.busy_s.values())
+        stretch = max(1.0, timing.seconds / most) if most > 0 else 1.0
+    tokens = setting.mean.tokens * setting.mean.sweeps * setting.mean.rows
+    throughput = tokens / max(1e-12, stretch * job_seconds(setting))
+    return Estimate(candidate, stretch, stretch * steady_seconds(setting), throughput)
+
+
+def plan_of(shop: Shop, found: Estimate) -> tuple[Plan, WeightPlacement]:
+    """The Plan, with the prediction of a whole sweep simulated Step by Step."""
+    candidate, setting = found.candidate, found.candidate.setting
     timing = simulated(shop, candidate)
     expected = steady_seconds(setting)
-    seconds = expected if timing is None else timing.seconds
+    seconds = found.sweep_s if timing is None else timing.seconds
     busy = sweep_busy(setting, setting.sequences * setting.mean.decode.decoding, setting.steady_prompt)
     resource_s = busy if timing is None else timing.busy_s
     whole = job_seconds(setting) * (seconds / expected if expected > 0 else 1.0)
@@ -40,9 +88,8 @@ def predict(shop: Shop, candidate: Candidate) -> tuple[Plan, WeightPlacement]:
     return _plan(shop, candidate, predicted), candidate.placement
 
 
-def routes_of(setting: Setting, num_layers: int, compute: str) -> Routes:
+def routes_of(setting: Setting, weights: Traffic, num_layers: int, compute: str) -> Routes:
     """How bytes travel under ``setting``."""
-    weights = setting.weights
     reads = tuple(sorted(group for group, nbytes in weights.read.items() if nbytes))
     uploads = tuple(sorted(group for group, nbytes in weights.uploaded.items() if nbytes))
     return Routes(
@@ -58,16 +105,21 @@ def routes_of(setting: Setting, num_layers: int, compute: str) -> Routes:
     )
 
 
-def simulated(shop: Shop, candidate: Candidate, *, keep: Simulator | None = None) -> SweepTiming | None:
+def simulated(
+    shop: Shop, candidate: Candidate, *, layers: int | None = None, keep: Simulator | None = None
+) -> SweepTiming | None:
     """The second of two simulated sweeps, whose first weights the first has fetched; None if it has too many Steps.
 
-    A block has sweeps of two kinds; the mean of its one sweep of prompts and its sweeps of decoding is given.
+    ``layers``: only the first few, each with the weights of a mean one. A block has sweeps of two kinds; the mean of its one sweep of prompts and its sweeps of decoding is given.
     """
     setting, cut = candidate.setting, candidate.choice.cut
     simulator = keep or Simulator(overlap=shop.options.overlap, keep=False)
-    lowerer = Lowerer(routes_of(setting, shop.size.shape.num_layers, shop.machine.compute))
+    number = layers or shop.size.shape.num_layers
+    cost = setting.cost if layers is None else setting.cost.shortened(layers)
+    weights = setting.weights if layers is None else setting.weights.shortened(shop.size.shape.num_layers, layers)
+    lowerer = Lowerer(routes_of(setting, weights, number, shop.machine.compute))
 
-    def sweep(number: int, *, decoding: bool, prompts: bool, prompt_tokens: float | None = None) -> SweepTiming | None:
+    def sweep(place: int, *, decoding: bool, prompts: bool, prompt_tokens: float | None = None) -> SweepTiming | None:
         made = steady_sweep(
             shop.workload,
             cut,
@@ -78,11 +130,11 @@ def simulated(shop: Shop, candidate: Candidate, *, keep: Simulator | None = None
             prompts=prompts,
             prompt_tokens=prompt_tokens,
             max_positions=shop.size.shape.max_positions,
-            number=number,
+            number=place,
         )
-        if len(made.micro_batches) * shop.size.shape.num_layers * 5 > _MOST_STEPS:
+        if len(made.micro_batches) * number * 5 > _MOST_STEPS:
             return None
-        return simulate(lowerer, simulator, made, setting.cost, setting.weights)
+        return simulate(lowerer, simulator, made, cost, weights)
 
     if not cut.block:
         first = sweep(1, decoding=True, prompts=True)
