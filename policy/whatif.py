@@ -5,15 +5,19 @@ It builds no plans; that a whole plan follows the program is the search's concer
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from flexbatch.policy.candidates import Candidate, Shop, realise
+from flexbatch.policy.candidates import Candidate, Shop
+from flexbatch.policy.cost import Way, traffic
+from flexbatch.policy.job import Setting
 from flexbatch.policy.plan import TIERS, Plan
 from flexbatch.policy.program import Problem, solve
 from flexbatch.policy.search import Ranked, ranking
 from flexbatch.policy.simulator import Simulator
+from flexbatch.policy.steady import TIER_OF, Choice
 from flexbatch.policy.verdict import simulated
+from flexbatch.policy.weights import WeightPlacement
 from flexbatch.scheduler.timeline import Event
 
 GIGABYTE = 10**9
@@ -39,13 +43,12 @@ class Insight:
         return {"one_more_gb": dict(self.more), "twice_as_fast": dict(self.faster)}
 
 
-def look_into(shop: Shop, plan: Plan, *, timeline: bool = False) -> Insight:
+def look_into(shop: Shop, plan: Plan, placement: WeightPlacement, *, timeline: bool = False) -> Insight:
     """Return what limits ``plan``, which the search chose for ``shop``, and on demand how a sweep of it passes."""
-    ranked = ranking(shop)
-    if not ranked:
+    choice = _choice_behind(plan, ranking(shop))
+    if choice is None:
         return Insight()
-    own, candidate = _behind(shop, plan, ranked)
-    problem = shop.problem(own.choice)
+    problem = shop.problem(choice)
     base = solve(problem)
     if base is None:
         return Insight()
@@ -55,17 +58,12 @@ def look_into(shop: Shop, plan: Plan, *, timeline: bool = False) -> Insight:
         return 0.0 if found is None else max(0.0, found.rate / base.rate - 1)
 
     tiers = [tier for tier in TIERS if tier in problem.limits]
-    events: tuple[Event, ...] = ()
-    if timeline and candidate is not None:
-        simulator = Simulator(overlap=shop.options.overlap)
-        if (timing := simulated(shop, candidate, keep=simulator)) is not None:
-            events = tuple(event for event in simulator.events if timing.start <= event.start < timing.end)
     return Insight(
         more={tier: gain(problem.with_more(tier, GIGABYTE)) for tier in tiers},
         faster={name: gain(_twice(problem, name)) for name in _RESOURCES if name in problem.times},
         full=tuple(tier for tier in tiers if base.prices.get(tier, 0.0) > 0),
         short_job=base.prices.get("rows", 0.0) > 0,
-        events=events,
+        events=_timeline(shop, plan, placement, choice) if timeline else (),
     )
 
 
@@ -78,20 +76,45 @@ def _twice(problem: Problem, resource: str) -> Problem:
     return changed
 
 
-def _behind(shop: Shop, plan: Plan, ranked: list[Ranked]) -> tuple[Ranked, Candidate | None]:
-    """The choice that ``plan`` was made of, with its candidate; else the best choice."""
+def _choice_behind(plan: Plan, ranked: Sequence[Ranked]) -> Choice | None:
+    """The best choice that agrees with all that ``plan`` says, else the best; None if there is none."""
+    tiers = {tier for tier, pages in plan.kv_pages.items() if pages}
+    streamed = plan.cpu_attention == 0 and tiers != {"gpu"}
     for entry in ranked:
-        cut, precision = entry.choice.cut, entry.choice.precision
-        alike = (
-            max(1, cut.micro_tokens) == plan.micro_batch_tokens
-            and max(1, cut.micro_sequences) == plan.micro_batch_sequences
-            and (entry.choice.weight_bits, precision.kv_bits) == (plan.weight_bits, plan.kv_bits)
-        )
-        if not alike:
-            continue
-        for candidate in realise(shop, entry.choice, 0.99 * ranked[0].solution.rate):
-            same = candidate.placement.shares == plan.weights and dict(candidate.pages) == dict(plan.kv_pages)
-            pace = candidate.setting.prompt_tokens == plan.prompt_tokens_per_sweep
-            if same and pace and candidate.setting.sequences == plan.max_sequences:
-                return entry, candidate
-    return ranked[0], None
+        choice, cut = entry.choice, entry.choice.cut
+        said = (plan.micro_batch_tokens, plan.micro_batch_sequences, plan.weight_bits, plan.kv_bits)
+        own = (max(1, cut.micro_tokens), max(1, cut.micro_sequences), choice.weight_bits, choice.precision.kv_bits)
+        reaches = tiers <= {TIER_OF[way] for way in choice.ways}
+        if said == own and reaches and (tiers == {"gpu"} or streamed == _streams(choice.ways)):
+            return choice
+    return ranked[0].choice if ranked else None
+
+
+def _streams(ways: Iterable[Way]) -> bool:
+    return any(way.endswith("_up") for way in ways)
+
+
+def _timeline(shop: Shop, plan: Plan, placement: WeightPlacement, choice: Choice) -> tuple[Event, ...]:
+    """One sweep of the plan in its steady state, Step by Step; nothing if it has too many."""
+    total = sum(plan.kv_pages.values())
+    ways = {way: plan.kv_pages.get(TIER_OF[way], 0) / max(1, total) for way in choice.ways}
+    ways = {way: share for way, share in ways.items() if share > 0}
+    pace = plan.prompt_tokens_per_sweep
+    choice = replace(choice, ways=tuple(ways), cut=replace(choice.cut, prompt_tokens=pace))
+    last = len(shop.size.groups) - 1
+    setting = Setting(
+        choice=choice,
+        cost=shop.cost(choice),
+        weights=traffic(shop.resized(choice), placement.tiers, choice.precision, shop.machine.compute, last),
+        mean=shop.mean(choice),
+        ways=ways,
+        sequences=plan.max_sequences,
+        prompt_tokens=pace,
+        pages=total,
+        overlap=plan.overlap,
+    )
+    simulator = Simulator(overlap=plan.overlap)
+    timing = simulated(shop, Candidate(choice, placement, plan.kv_pages, plan.memory, setting), keep=simulator)
+    if timing is None:
+        return ()
+    return tuple(event for event in simulator.events if event.start >= timing.start)

@@ -79,7 +79,7 @@ def run_plan(values: argparse.Namespace) -> ExitCode:
     from flexbatch.policy.search import choose
     from flexbatch.policy.whatif import look_into
 
-    plan, _ = choose(
+    plan, placement = choose(
         shop.name,
         shop.size,
         shop.units,
@@ -89,7 +89,7 @@ def run_plan(values: argparse.Namespace) -> ExitCode:
         profile,
         stored_dtype=shop.stored_dtype,
     )
-    insight = look_into(shop, plan, timeline=values.plot is not None)
+    insight = look_into(shop, plan, placement, timeline=values.plot is not None)
     found = plan.to_json() | {"gains": insight.to_json()}
     print(json.dumps(found, ensure_ascii=False, indent=1) if values.json else plan_table(found, insight))
     if values.plot is not None:
