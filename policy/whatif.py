@@ -45,9 +45,15 @@ class Insight:
 
 def look_into(shop: Shop, plan: Plan, placement: WeightPlacement, *, timeline: bool = False) -> Insight:
     """Return what limits ``plan``, which the search chose for ``shop``, and on demand how a sweep of it passes."""
-    choice = _choice_behind(plan, ranking(shop))
+    choice = choice_behind(plan, ranking(shop))
     if choice is None:
         return Insight()
+    insight = limits_of(shop, choice)
+    return replace(insight, events=_timeline(shop, plan, placement, choice)) if timeline else insight
+
+
+def limits_of(shop: Shop, choice: Choice) -> Insight:
+    """What limits the best plan of one ``choice``."""
     problem = shop.problem(choice)
     base = solve(problem)
     if base is None:
@@ -63,7 +69,6 @@ def look_into(shop: Shop, plan: Plan, placement: WeightPlacement, *, timeline: b
         faster={name: gain(_twice(problem, name)) for name in _RESOURCES if name in problem.times},
         full=tuple(tier for tier in tiers if base.prices.get(tier, 0.0) > 0),
         short_job=base.prices.get("rows", 0.0) > 0,
-        events=_timeline(shop, plan, placement, choice) if timeline else (),
     )
 
 
@@ -76,7 +81,7 @@ def _twice(problem: Problem, resource: str) -> Problem:
     return changed
 
 
-def _choice_behind(plan: Plan, ranked: Sequence[Ranked]) -> Choice | None:
+def choice_behind(plan: Plan, ranked: Sequence[Ranked]) -> Choice | None:
     """The best choice that agrees with all that ``plan`` says, else the best; None if there is none."""
     tiers = {tier for tier, pages in plan.kv_pages.items() if pages}
     streamed = plan.cpu_attention == 0 and tiers != {"gpu"}
