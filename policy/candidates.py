@@ -108,7 +108,6 @@ class Shop:
             choice.hidden,
             pages,
             sequences,
-            streamed=any(way in ("cpu_up", "disk_up") for way in choice.ways),
         )
 
 

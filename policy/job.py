@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from flexbatch.policy.cost import Cost, Load, Traffic, Way
-from flexbatch.policy.steady import STAGED, Choice
+from flexbatch.policy.steady import STAGED, Choice, mixes, prompt_way
 from flexbatch.policy.workload import Mean
 
 _STRIDES = 16  # moments at which a row's life is looked at
@@ -45,15 +45,23 @@ def sweep_busy(setting: Setting, decoding: float, prompt_tokens: float) -> dict[
     for resource, seconds in cost.weights_s(setting.weights).items():
         busy[resource] += seconds
     for way, share in setting.ways.items():
-        load = (decode + prompt).scaled(share)
-        if load.tokens <= 0:
-            continue
-        count = _batches(setting, way, decode.scaled(share), prompt.scaled(share))
-        for tier, part in hidden.items():
-            if part > 0:
-                for resource, seconds in cost.batch_s(load.scaled(1 / count), way, tier, setting.weights).items():
-                    busy[resource] += part * count * seconds
+        for load, goes, count in _parts(setting, way, decode.scaled(share), prompt.scaled(share)):
+            for tier, part in hidden.items():
+                if part > 0:
+                    for resource, seconds in cost.batch_s(load.scaled(1 / count), goes, tier, setting.weights).items():
+                        busy[resource] += part * count * seconds
     return {resource: seconds for resource, seconds in busy.items() if seconds > 0}
+
+
+def _parts(setting: Setting, way: Way, decode: Load, prompt: Load) -> list[tuple[Load, Way, int]]:
+    """The loads that share micro-batches, the way of their KV, and how many micro-batches they are."""
+    compute = setting.cost.compute
+    nothing = Load()
+    if mixes(way, compute):
+        parts = [(decode, prompt, way)]
+    else:
+        parts = [(decode, nothing, way), (nothing, prompt, prompt_way(way, compute))]
+    return [(old + new, goes, _batches(setting, goes, old, new)) for old, new, goes in parts if (old + new).tokens > 0]
 
 
 def _batches(setting: Setting, way: Way, decode: Load, prompt: Load) -> int:

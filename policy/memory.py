@@ -125,10 +125,8 @@ def account(
     hidden: Shares,
     kv_pages: Mapping[str, int],
     sequences: int,
-    *,
-    streamed: bool,
 ) -> dict[str, TierMemory]:
-    """What every tier holds, by use. ``streamed``: KV below the GPU is brought there for attention."""
+    """What every tier holds, by use."""
     size, dtype, compute = cost.size, cost.precision.dtype, machine.compute
     waiting = (cut.prompt_tokens + sequences) * size.hidden_token_bytes(dtype)
     weights = dict.fromkeys(TIERS, 0)
@@ -141,7 +139,7 @@ def account(
     working = {"cpu": scratch + (lanes if kv_pages.get("disk") else 0), "gpu": 0, "disk": 0}
     if compute == "gpu":
         moves = kv_pages.get("cpu") or kv_pages.get("disk")
-        working["gpu"] = scratch + (lanes if streamed and moves else 0)
+        working["gpu"] = scratch + (lanes if moves else 0)
         working["gpu"] += 2 * cut.batch_tokens * size.hidden_token_bytes(dtype)
         weights["gpu"] += GPU_SLOTS * placement.gpu_slot + small
     else:

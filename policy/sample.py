@@ -14,7 +14,7 @@ from flexbatch.requests import Request, TokenizedRequest
 from flexbatch.sampling import SamplingParams
 from flexbatch.scheduler.sequence import Sequence
 from flexbatch.scheduler.spread import Spread
-from flexbatch.scheduler.sweep import MicroBatch, Slice, Sweep, pack_by_sequences, pack_by_tokens
+from flexbatch.scheduler.sweep import MicroBatch, Slice, Sweep, pack_by_sequences, pack_by_tokens, part_by_attention
 from flexbatch.units import Shares
 
 _SOURCE = TokenizedRequest(Request("", SamplingParams(), ()), 0, ())
@@ -30,18 +30,22 @@ def steady_sweep(
     decoding: bool = True,
     prompts: bool = True,
     prompt_tokens: float | None = None,
+    on_gpu: bool,
     max_positions: int,
     number: int = 1,
 ) -> Sweep:
     """A sweep of ``sequences`` rows in flight, their lengths and ages spread as the job's.
 
-    ``prompt_tokens`` come in; by default as many as in the mean sweep. Without ``decoding`` it is a block's first one.
+    ``on_gpu``: products run on a GPU. ``prompt_tokens`` come in; by default as many as in the mean sweep. Without
+    ``decoding`` it is a block's first one.
     """
     lives = [
         max(1, min(asked, max_positions + 1 - length))
         for length, asked in zip(workload.prompts, workload.generations, strict=True)
     ]
     ends = list(itertools.accumulate(lives))
+    below = sum(part for way, part in ways.items() if way != "gpu")
+    streams = sum(part for way, part in ways.items() if way in ("cpu_up", "disk_up")) / below if below else 0.0
     shares = Shares(
         *(sum(part for way, part in ways.items() if TIER_OF[way] == tier) for tier in ("gpu", "cpu", "disk"))
     )
@@ -54,7 +58,7 @@ def steady_sweep(
         if offset == 0 and prompts:
             continue  # at its prompt
         start = workload.prompts[row] + max(0, offset - 1)
-        slices[tiers.choose(1)].append(_slice(start, 1))
+        slices[tiers.choose(1)].append(_slice(start, 1, place))
     if prompts:
         total = sum(workload.prompts)
         left = prompt_tokens if prompt_tokens is not None else sequences * total / ends[-1]
@@ -62,21 +66,23 @@ def steady_sweep(
         while round(left) > 0:
             row = int((place * 0.6180339887 % 1.0) * len(workload.prompts))
             count = max(1, min(workload.prompts[row], round(left)))
-            slices[tiers.choose(1)].append(_slice(0, count))
+            slices[tiers.choose(1)].append(_slice(0, count, place))
             left -= count
             place += 1
     batches: list[MicroBatch] = []
     for tier, at_home in slices.items():
-        staged = any(TIER_OF[way] == tier and way not in ("gpu", "cpu") for way in ways)
-        pages = cut.staged_pages if staged else 2**62
-        packed = (
-            pack_by_sequences(at_home, cut.micro_sequences)
-            if cut.block
-            else pack_by_tokens(at_home, cut.micro_tokens, pages, cut.page_tokens)
-        )
-        batches += [MicroBatch(pieces, tier, waits.choose(sum(piece.count for piece in pieces))) for pieces in packed]
+        for part, streamed in part_by_attention(at_home, tier, streams if on_gpu else None):
+            pages = cut.staged_pages if streamed or tier == "disk" else 2**62
+            packed = (
+                pack_by_sequences(part, cut.micro_sequences)
+                if cut.block
+                else pack_by_tokens(part, cut.micro_tokens, pages, cut.page_tokens)
+            )
+            for pieces in packed:
+                tokens = sum(piece.count for piece in pieces)
+                batches += [MicroBatch(pieces, tier, waits.choose(tokens), streamed)]
     return Sweep(number, tuple(batches))
 
 
-def _slice(start: int, count: int) -> Slice:
-    return Slice(Sequence(_SOURCE, 0, []), start, count, True, start + count, start + count)
+def _slice(start: int, count: int, age: int) -> Slice:
+    return Slice(Sequence(_SOURCE, 0, [], age=age), start, count, True, start + count, start + count)

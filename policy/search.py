@@ -197,13 +197,16 @@ def _precisions(shop: Shop) -> Iterator[tuple[Precision, int]]:
 
 
 def _ways(options: EngineOptions, machine: Machine, *, disk: bool) -> list[tuple[Way, ...]]:
-    """Where KV may be and where it is attended to: a run does one or the other with all KV below the GPU."""
+    """Where KV may be and where decoding sequences' is attended to; part here and part there only without a disk."""
     if machine.compute == "cpu":
         sets: list[tuple[Way, ...]] = [("cpu", "disk")]
     else:
         here: tuple[Way, ...] = ("gpu", "cpu", "disk")
         up: tuple[Way, ...] = ("gpu", "cpu_up", "disk_up")
+        both: tuple[Way, ...] = ("gpu", "cpu", "cpu_up")
         sets = [here, up] if options.cpu_attention is None else [here] if options.cpu_attention else [up]
+        if not disk and options.cpu_attention is None and (options.kv is None or not options.kv.disk):
+            sets = [both]
     if options.kv is not None:
         shares = {"gpu": options.kv.gpu, "cpu": options.kv.cpu, "disk": options.kv.disk}
         given = [tuple(way for way in ways if shares[way.removesuffix("_up")] > 0) for ways in sets]

@@ -20,6 +20,8 @@ from flexbatch.units import Shares
 
 TIER_OF: dict[Way, str] = {"gpu": "gpu", "cpu": "cpu", "cpu_up": "cpu", "disk": "disk", "disk_up": "disk"}
 STAGED: tuple[Way, ...] = ("cpu_up", "disk", "disk_up")
+_UP: dict[Way, Way] = {"gpu": "gpu", "cpu": "cpu_up", "cpu_up": "cpu_up", "disk": "disk_up", "disk_up": "disk_up"}
+_DECODING = 64  # rows of a product that only decoding sequences share, where prompts are attended to elsewhere
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,30 +97,41 @@ def steady_state(
 def per_sequence(choice: Choice, cost: Cost, mean: Mean, way: Way, weights: Traffic) -> dict[str, float]:
     """Seconds of each resource that one sequence in flight costs a sweep, its micro-batches being full."""
     spent: dict[str, float] = defaultdict(float)
-    for load, rows in batches(choice, mean, way):
+    for load, rows, goes in batches(choice, mean, way, cost.compute):
         full = rows / load.tokens
         for tier, share in (("gpu", choice.hidden.gpu), ("cpu", choice.hidden.cpu), ("disk", choice.hidden.disk)):
             if share > 0:
-                for resource, seconds in cost.batch_s(load.scaled(full), way, tier, weights).items():
+                for resource, seconds in cost.batch_s(load.scaled(full), goes, tier, weights).items():
                     spent[resource] += share * seconds / full
     return dict(spent)
 
 
-def batches(choice: Choice, mean: Mean, way: Way) -> list[tuple[Load, float]]:
-    """What one sequence asks of a sweep in parts that share micro-batches, each with a full one's tokens.
+def prompt_way(way: Way, compute: str) -> Way:
+    """How the KV of prompts goes: a GPU attends to them itself, for their keys and values are there."""
+    return _UP[way] if compute == "gpu" else way
+
+
+def mixes(way: Way, compute: str) -> bool:
+    """Whether decoding rows and prompts share micro-batches."""
+    return compute != "gpu" or way == "gpu"
+
+
+def batches(choice: Choice, mean: Mean, way: Way, compute: str) -> list[tuple[Load, float, Way]]:
+    """What one sequence asks of a sweep in parts that share micro-batches, with a full one's tokens and its KV's way.
 
     Where KV travels, the pages that a lane holds bound how many decoding rows come together.
     """
     cut = choice.cut
     if cut.block:
         prompt_rows = cut.micro_sequences * mean.prompt.tokens * mean.sweeps
-        parts = [(mean.decode, float(cut.micro_sequences)), (mean.prompt, prompt_rows)]
-    elif way in STAGED:
-        together = max(1.0, cut.staged_pages / max(1.0, mean.pages))
-        parts = [(mean.decode, min(float(choice.rows), together)), (mean.prompt, float(choice.rows))]
+        parts = [(mean.decode, float(cut.micro_sequences), way), (mean.prompt, prompt_rows, prompt_way(way, compute))]
+    elif mixes(way, compute) and way not in STAGED:
+        parts = [(mean.decode + mean.prompt, float(choice.rows), way)]
     else:
-        parts = [(mean.decode + mean.prompt, float(choice.rows))]
-    return [(load, rows) for load, rows in parts if load.tokens > 0]
+        together = max(1.0, cut.staged_pages / max(1.0, mean.pages)) if way in STAGED else float(_DECODING)
+        decoding = min(float(choice.rows), together, float(_DECODING))
+        parts = [(mean.decode, decoding, way), (mean.prompt, float(choice.rows), prompt_way(way, compute))]
+    return [(load, rows, goes) for load, rows, goes in parts if load.tokens > 0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,8 +222,8 @@ def _memory(choice: Choice, cost: Cost, mean: Mean, machine: Machine, weights: M
     if any(TIER_OF[way] == "disk" for way in choice.ways):
         fixed["cpu"] += lanes
     if machine.compute == "gpu":
-        up = any(way in ("cpu_up", "disk_up") for way in choice.ways)
-        fixed["gpu"] = scratch + (lanes if up else 0) + 2 * cut.batch_tokens * waits + size.small_bytes(dtype)
+        below = any(way != "gpu" for way in choice.ways)
+        fixed["gpu"] = scratch + (lanes if below else 0) + 2 * cut.batch_tokens * waits + size.small_bytes(dtype)
     else:
         fixed["cpu"] += size.small_bytes(dtype)
         shares["cpu"] = 1.0

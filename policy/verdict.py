@@ -10,7 +10,7 @@ from typing import Any
 
 from flexbatch.policy.candidates import Candidate, Shop
 from flexbatch.policy.cost import Traffic, Way
-from flexbatch.policy.job import Setting, job_seconds, steady_seconds, sweep_busy
+from flexbatch.policy.job import job_seconds, steady_seconds, sweep_busy
 from flexbatch.policy.placement import LANES
 from flexbatch.policy.plan import Plan
 from flexbatch.policy.sample import steady_sweep
@@ -88,8 +88,8 @@ def plan_of(shop: Shop, found: Estimate) -> tuple[Plan, WeightPlacement]:
     return _plan(shop, candidate, predicted), candidate.placement
 
 
-def routes_of(setting: Setting, weights: Traffic, num_layers: int, compute: str) -> Routes:
-    """How bytes travel under ``setting``."""
+def routes_of(weights: Traffic, num_layers: int, compute: str) -> Routes:
+    """How bytes travel in a run whose weights are placed so."""
     reads = tuple(sorted(group for group, nbytes in weights.read.items() if nbytes))
     uploads = tuple(sorted(group for group, nbytes in weights.uploaded.items() if nbytes))
     return Routes(
@@ -100,7 +100,6 @@ def routes_of(setting: Setting, weights: Traffic, num_layers: int, compute: str)
         host_slots=HOST_SLOTS,
         gpu_slots=GPU_SLOTS if uploads else 0,
         gather=weights.gather,
-        cpu_attention=not any(way in ("cpu_up", "disk_up") for way in setting.ways),
         lanes=LANES,
     )
 
@@ -110,14 +109,15 @@ def simulated(
 ) -> SweepTiming | None:
     """The second of two simulated sweeps, whose first weights the first has fetched; None if it has too many Steps.
 
-    ``layers``: only the first few, each with the weights of a mean one. A block has sweeps of two kinds; the mean of its one sweep of prompts and its sweeps of decoding is given.
+    ``layers``: only the first few, each with the weights of a mean one. A block has sweeps of two kinds; the mean of
+    those with prompts and those of decoding is given.
     """
     setting, cut = candidate.setting, candidate.choice.cut
     simulator = keep or Simulator(overlap=shop.options.overlap, keep=False)
     number = layers or shop.size.shape.num_layers
     cost = setting.cost if layers is None else setting.cost.shortened(layers)
     weights = setting.weights if layers is None else setting.weights.shortened(shop.size.shape.num_layers, layers)
-    lowerer = Lowerer(routes_of(setting, weights, number, shop.machine.compute))
+    lowerer = Lowerer(routes_of(weights, number, shop.machine.compute))
 
     def sweep(place: int, *, decoding: bool, prompts: bool, prompt_tokens: float | None = None) -> SweepTiming | None:
         made = steady_sweep(
@@ -129,6 +129,7 @@ def simulated(
             decoding=decoding,
             prompts=prompts,
             prompt_tokens=prompt_tokens,
+            on_gpu=shop.machine.compute == "gpu",
             max_positions=shop.size.shape.max_positions,
             number=place,
         )
@@ -157,8 +158,9 @@ def _plan(shop: Shop, candidate: Candidate, predicted: dict[str, Any]) -> Plan:
     total = max(1, sum(pages.values()))
     gpu, cpu = pages.get("gpu", 0) / total, pages.get("cpu", 0) / total
     kv = Shares(gpu, cpu, max(0.0, 1 - gpu - cpu) if pages.get("disk") else 0.0) if pages else choice.hidden
-    streamed = any(way in ("cpu_up", "disk_up") for way in choice.ways)
-    sequences = setting.sequences
+    on_gpu = shop.machine.compute == "gpu"
+    streams = sum(part for way, part in setting.ways.items() if way in ("cpu_up", "disk_up"))
+    below = sum(part for way, part in setting.ways.items() if way != "gpu")
     return Plan(
         model=shop.name,
         hardware=shop.profile.name,
@@ -168,11 +170,11 @@ def _plan(shop: Shop, candidate: Candidate, predicted: dict[str, Any]) -> Plan:
         weights=placement.shares,
         kv=kv,
         hidden=choice.hidden,
-        cpu_attention=0.0 if shop.machine.compute == "gpu" and streamed else 1.0 - kv.gpu,
+        cpu_attention=max(0.0, below - streams),
         weight_bits=choice.weight_bits,
         kv_bits=choice.precision.kv_bits,
         micro_batch_tokens=max(1, cut.micro_tokens),
-        max_sequences=sequences,
+        max_sequences=setting.sequences,
         dtype=choice.precision.dtype,
         weights_dtype=choice.precision.held if choice.weight_bits == 16 else shop.stored_dtype,
         page_tokens=cut.page_tokens,
@@ -180,7 +182,10 @@ def _plan(shop: Shop, candidate: Candidate, predicted: dict[str, Any]) -> Plan:
         prompt_tokens_per_sweep=cut.prompt_tokens,
         micro_batch_sequences=max(1, cut.micro_sequences),
         logit_rows=cut.logit_rows,
-        staged_pages={TIER_OF[way]: cut.staged_pages for way in choice.ways if way in STAGED},
+        staged_pages={
+            TIER_OF[way]: cut.staged_pages for way in choice.ways if way in STAGED or (on_gpu and way != "gpu")
+        },
+        gpu_attention=streams / below if on_gpu and below else None,
         host_slots=HOST_SLOTS if placement.host_slot else 0,
         gpu_slots=GPU_SLOTS if placement.gpu_slot else 0,
         schedule=shop.options.schedule,
