@@ -14,6 +14,7 @@ from flexbatch.options import DType, EngineOptions, Schedule
 from flexbatch.units import Shares
 
 _LARGEST = 2**22  # bytes
+_LITTLE = 0.005  # of the KV cache
 _DTYPES: tuple[DType, ...] = ("auto", "float16", "bfloat16", "float32")
 _OPTIONS = ("weights", "kv", "hidden", "cpu_attention", "micro_batch", "max_sequences")
 Value = TypeVar("Value")
@@ -75,8 +76,7 @@ def parse_plan(value: Any, where: str) -> SavedPlan:
         weights=weights,
         kv=kv,
         hidden=hidden,
-        # With all KV on the GPU nothing is attended to elsewhere, whatever the share says.
-        cpu_attention=None if kv is None or kv.gpu == 1 else bool(attention),
+        cpu_attention=None if kv is None or attention is None else _attends(attention, 1 - kv.gpu),
         weight_bits=weight_bits,
         kv_bits=kv_bits,
         micro_batch=batch,
@@ -85,6 +85,13 @@ def parse_plan(value: Any, where: str) -> SavedPlan:
         dtype=dtype,
     )
     return SavedPlan(model or "", options)
+
+
+def _attends(attention: float, below: float) -> bool | None:
+    """Whether the CPU attends to all KV ``below`` the GPU, to none, or (None) to a part that the policy chooses."""
+    if below <= _LITTLE or _LITTLE < attention < below - _LITTLE:
+        return None
+    return attention > _LITTLE
 
 
 class _BadFieldError(Exception):

@@ -5,7 +5,7 @@ It builds no plans; that a whole plan follows the program is the search's concer
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from flexbatch.policy.candidates import Candidate, Shop
@@ -15,7 +15,7 @@ from flexbatch.policy.plan import TIERS, Plan
 from flexbatch.policy.program import Problem, solve
 from flexbatch.policy.search import Ranked, ranking
 from flexbatch.policy.simulator import Simulator
-from flexbatch.policy.steady import TIER_OF, Choice
+from flexbatch.policy.steady import Choice
 from flexbatch.policy.verdict import simulated
 from flexbatch.policy.weights import WeightPlacement
 from flexbatch.scheduler.timeline import Event
@@ -83,27 +83,36 @@ def _twice(problem: Problem, resource: str) -> Problem:
 
 def choice_behind(plan: Plan, ranked: Sequence[Ranked]) -> Choice | None:
     """The best choice that agrees with all that ``plan`` says, else the best; None if there is none."""
-    tiers = {tier for tier, pages in plan.kv_pages.items() if pages}
-    streamed = plan.cpu_attention == 0 and tiers != {"gpu"}
     for entry in ranked:
         choice, cut = entry.choice, entry.choice.cut
         said = (plan.micro_batch_tokens, plan.micro_batch_sequences, plan.weight_bits, plan.kv_bits)
         own = (max(1, cut.micro_tokens), max(1, cut.micro_sequences), choice.weight_bits, choice.precision.kv_bits)
-        reaches = tiers <= {TIER_OF[way] for way in choice.ways}
-        if said == own and reaches and (tiers == {"gpu"} or streamed == _streams(choice.ways)):
+        if said == own and _ways(plan, choice.ways) is not None:
             return choice
     return ranked[0].choice if ranked else None
 
 
-def _streams(ways: Iterable[Way]) -> bool:
-    return any(way.endswith("_up") for way in ways)
+def _ways(plan: Plan, ways: Sequence[Way]) -> dict[Way, float] | None:
+    """The fractions of the plan's sequences that go each of ``ways``; None if some go none of them."""
+    total = max(1, sum(plan.kv_pages.values()))
+    streamed = plan.gpu_attention or 0.0
+    found: dict[Way, float] = {}
+    for tier, pages in plan.kv_pages.items():
+        parts = {"": 1.0} if tier == "gpu" else {"": 1 - streamed, "_up": streamed}
+        for suffix, part in parts.items():
+            if pages and part:
+                way = next((way for way in ways if way == f"{tier}{suffix}"), None)
+                if way is None:
+                    return None
+                found[way] = part * pages / total
+    return found
 
 
 def _timeline(shop: Shop, plan: Plan, placement: WeightPlacement, choice: Choice) -> tuple[Event, ...]:
     """One sweep of the plan in its steady state, Step by Step; nothing if it has too many."""
-    total = sum(plan.kv_pages.values())
-    ways = {way: plan.kv_pages.get(TIER_OF[way], 0) / max(1, total) for way in choice.ways}
-    ways = {way: share for way, share in ways.items() if share > 0}
+    ways = _ways(plan, choice.ways)
+    if ways is None:
+        return ()
     pace = plan.prompt_tokens_per_sweep
     choice = replace(choice, ways=tuple(ways), cut=replace(choice.cut, prompt_tokens=pace))
     last = len(shop.size.groups) - 1
@@ -115,7 +124,7 @@ def _timeline(shop: Shop, plan: Plan, placement: WeightPlacement, choice: Choice
         ways=ways,
         sequences=plan.max_sequences,
         prompt_tokens=pace,
-        pages=total,
+        pages=sum(plan.kv_pages.values()),
         overlap=plan.overlap,
     )
     simulator = Simulator(overlap=plan.overlap)

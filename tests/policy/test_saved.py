@@ -53,7 +53,13 @@ def test_a_fixed_block_counts_sequences() -> None:
 
 @pytest.mark.parametrize(
     ("kv", "share", "expected"),
-    [(Shares(1, 0, 0), 0.0, None), (Shares(0, 1, 0), 1.0, True), (Shares(0.5, 0.5, 0), 0.0, False)],
+    [
+        (Shares(1, 0, 0), 0.0, None),
+        (Shares(0, 1, 0), 1.0, True),
+        (Shares(0.5, 0.5, 0), 0.5, True),
+        (Shares(0.5, 0.5, 0), 0.0, False),
+        (Shares(0.5, 0.5, 0), 0.2, None),
+    ],
 )
 def test_who_attends(kv: Shares, share: float, expected: bool | None) -> None:
     found = parse_plan(small_plan(kv=kv, cpu_attention=share).to_json(), "x")
