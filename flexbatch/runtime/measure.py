@@ -101,6 +101,7 @@ def measure(
             try:
                 for place, sample in enumerate(probe.samplers()):
                     found[probe.figures[place]] = steady(sample, patience, clock)
+                    del sample  # it holds on to what the probe has allocated
                     _tell(progress, done + place + 1, total)
             except FlexbatchError:
                 if not (effort.may_assume and probe.figures[0].startswith("links.disk")):
@@ -118,13 +119,13 @@ def _tell(progress: Progress | None, done: int, total: int) -> None:
 def _probes(
     device: Device, folder: Path, rates: Mapping[Resource, float], types: Collection[str], effort: Effort
 ) -> list[Probe]:
-    room = default_cpu_budget() // 4
+    room = default_cpu_budget() // 8  # some probes take it twice
     sizes = Sizes(room, effort.file, effort.piece)
     found = [disk(folder, sizes, rates.get("disk_read"), rates.get("disk_write"))]
     own = "float16" if device.native_half else "float32"
     if device.compute == "gpu":
         found.append(copies(device, sizes))
-        bench = Bench(device, "gpu", min(effort.pool, device.gpu_budget // 4), slowest=effort.patience.seconds)
+        bench = Bench(device, "gpu", min(effort.pool, device.gpu_budget // 8), slowest=effort.patience.seconds)
         found += _processor(bench, own, {own, *effort.types, *types}, effort)
     if not _shared(device):
         bench = Bench(device, "cpu", min(effort.pool, room), slowest=effort.patience.seconds)

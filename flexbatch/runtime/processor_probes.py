@@ -24,7 +24,7 @@ from flexbatch.scheduler.steps import Resource, Step
 
 WIDENED_ROWS = 64  # enough that reading weights does not hide what widening costs, few enough that it shows
 _HEAD_DIM, _KV_HEADS, _GROUP = 128, 8, 4
-_CONTEXT, _CHUNK, _PAGE_TOKENS = 512, 512, 64
+_CONTEXT, _PAGE_TOKENS, _MOST_SEQUENCES = 512, 64, 64
 _STEPS, _STEP_WIDTH = 64, 64
 
 
@@ -121,30 +121,33 @@ def widening(bench: Bench, stored: torch.dtype) -> Probe:
 
 def attention(bench: Bench, dtype: torch.dtype) -> Probe:
     """KV bytes/s of attention of decoding rows, and FLOP/s of prompt chunks, half of them continuing a prompt."""
-    page = PageShape(_KV_HEADS, _PAGE_TOKENS, _HEAD_DIM, dtype)
-    pages_each = _CONTEXT // _PAGE_TOKENS
-    heads = _KV_HEADS * _GROUP
+    kv_heads, context = _KV_HEADS, _CONTEXT
+    while _sequences(bench, kv_heads, context, dtype) < 2 and (kv_heads > 1 or context > _PAGE_TOKENS):
+        kv_heads, context = (kv_heads // 2, context) if kv_heads > 1 else (kv_heads, context // 2)
+    page = PageShape(kv_heads, _PAGE_TOKENS, _HEAD_DIM, dtype)
+    pages_each = context // _PAGE_TOKENS
+    heads = kv_heads * _GROUP
 
     def run(layer: Tensor, spans: Sequence[Span]) -> Callable[[int], None]:
         tokens = sum(span.count for span in spans)
         with bench.device.lane(bench.tier):
             batch = prepare(spans, _PAGE_TOKENS, None, dtype, bench.torch_device).to(bench.torch_device)
             q = torch.randn(tokens, heads, _HEAD_DIM, device=bench.torch_device).to(dtype)
-            k, v = (torch.randn(tokens, _KV_HEADS, _HEAD_DIM, device=bench.torch_device).to(dtype) for _ in range(2))
+            k, v = (torch.randn(tokens, kv_heads, _HEAD_DIM, device=bench.torch_device).to(dtype) for _ in range(2))
         return lambda _: _drop(attend(batch, layer, q, k, v, _HEAD_DIM**-0.5))
 
     def samplers() -> Iterator[Sampler]:
-        sequences = max(2, min(64, bench.room // (pages_each * page.nbytes)))
+        sequences = max(2, _sequences(bench, kv_heads, context, dtype))
         layer = page.view(
             bench.random((sequences * pages_each * page.nbytes // dtype.itemsize,), dtype).view(torch.uint8)
         )
         singles = [
-            Span(row, 1, _CONTEXT - 1, range(row * pages_each, (row + 1) * pages_each)) for row in range(sequences)
+            Span(row, 1, context - 1, range(row * pages_each, (row + 1) * pages_each)) for row in range(sequences)
         ]
         decode, watch = run(layer, singles), bench.watch()
         read = sequences * pages_each * page.nbytes
         yield lambda: read / watch.seconds(decode)
-        half = _CHUNK // 2
+        half = context // 2
         chunks = [
             Span(0, half, 0, range(pages_each)),
             Span(half, half, half, range(pages_each, 2 * pages_each)),
@@ -155,6 +158,12 @@ def attention(bench: Bench, dtype: torch.dtype) -> Probe:
         yield lambda: flops / prompt_watch.seconds(prompt)
 
     return Probe((f"{bench.tier}.attention_bytes", f"{bench.tier}.attention_flops"), samplers)
+
+
+def _sequences(bench: Bench, kv_heads: int, context: int, dtype: torch.dtype) -> int:
+    """How many sequences' KV there is room for."""
+    each = PageShape(kv_heads, context, _HEAD_DIM, dtype).nbytes
+    return min(_MOST_SEQUENCES, bench.room // each)
 
 
 def steps(bench: Bench, dtype: torch.dtype) -> Probe:

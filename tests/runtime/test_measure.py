@@ -275,6 +275,14 @@ def assert_every_figure_has_a_source(profile: HardwareProfile) -> None:
     assert names == set(profile.sources)
 
 
+def test_a_gpu_with_hardly_any_memory(home: Path) -> None:
+    device = SimDevice(2 * MIB)
+    profile = measure(device, home, effort=replace(TINY, may_assume=True))
+    assert profile.processor("gpu").attention_bytes > 0
+    gc.collect()
+    assert device.ledger.used == 0
+
+
 def test_a_disk_without_room_stops_a_measurement_but_not_a_run(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> Iterator[Any]:
         raise DoesNotFitError("full", tier="disk", missing=1, remedy="--disk-dir")
