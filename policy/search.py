@@ -5,6 +5,7 @@ Pure: sizes, a job and a machine's figures in, a Plan out. How rows and coeffici
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ from flexbatch.policy.plan import Plan
 from flexbatch.policy.profile import HardwareProfile
 from flexbatch.policy.program import Solution, solve_all
 from flexbatch.policy.steady import Choice
-from flexbatch.policy.verdict import finalists, plan_of
+from flexbatch.policy.verdict import Estimate, finalists, plan_of
 from flexbatch.policy.weights import WeightPlacement
 from flexbatch.policy.workload import Workload
 from flexbatch.units import Shares
@@ -32,6 +33,7 @@ _REALISED = 4
 _SIMULATED = 3
 _NEAR = 0.7  # of the best rate: choices of less are not looked at
 _NEARLY = 0.97
+_USUAL = 512  # tokens of a micro-batch
 _MULTIPLES = (1, 2, 4)  # of the smallest sweep's sequences
 _EQUAL = 0.99  # plans within one percent are equal; the one with the smallest sweep is taken
 
@@ -55,20 +57,25 @@ def choose(
     """
     check_options(options, machine)
     shop = Shop(name, size, tuple(units), workload, options, machine, profile, stored_dtype)
+    return plan_of(shop, chosen(shop))
+
+
+def chosen(shop: Shop) -> Estimate:
+    """The candidate that becomes the Plan. Raises DoesNotFitError."""
     ranked = ranking(shop)
     candidates = realise(shop, _trials(shop, ranked)) if ranked else []
     if not candidates:
-        raise does_not_fit(shop, list(_choices(shop, machine.compute)))
+        raise does_not_fit(shop, list(_choices(shop, shop.machine.compute)))
     estimates = finalists(shop, candidates)
     best = max(estimate.throughput for estimate in estimates)
     equal = [estimate for estimate in estimates if estimate.throughput >= _EQUAL * best]
-    return plan_of(shop, min(equal, key=lambda estimate: estimate.sweep_s))
+    return min(equal, key=lambda estimate: estimate.sweep_s)
 
 
 def _trials(shop: Shop, ranked: Sequence[Ranked]) -> list[Trial]:
     """Blocks to look at: of the best choices of every way of KV the smallest sweep that is as good, and larger ones."""
     trials: list[Trial] = []
-    chosen = _best_choices(ranked)
+    chosen = _best_choices(ranked, shop.machine.compute)
     shortest = solve_all(
         [shop.problem(found.choice).with_rate(_EQUAL * found.solution.rate) for found in chosen],
         [found.solution.sweep_s for found in chosen],
@@ -87,18 +94,17 @@ def sequences_of(solution: Solution) -> float:
     return sum(value for name, value in solution.values.items() if name.startswith("sequences_"))
 
 
-def _best_choices(ranked: Sequence[Ranked]) -> list[Ranked]:
-    """Of every way of KV the best choice, and the one with the smallest micro-batch that is nearly as good."""
+def _best_choices(ranked: Sequence[Ranked], compute: str) -> list[Ranked]:
+    """Of every way of KV, the choices nearly as good as the best that ask least of products and whose size is usual."""
     chosen: list[Ranked] = []
     for ways in dict.fromkeys(found.choice.ways for found in ranked):
         own = [found for found in ranked if found.choice.ways == ways]
         if own[0].solution.rate < _NEAR * ranked[0].solution.rate:
             continue
         nearly = [found for found in own if found.solution.rate >= _NEARLY * own[0].solution.rate]
-        chosen.append(own[0])
-        small = min(nearly, key=lambda found: found.choice.rows)
-        if small is not own[0]:
-            chosen.append(small)
+        lightest = min(nearly, key=lambda found: found.solution.busy_s.get(compute, 0.0) / sequences_of(found.solution))
+        usual = min(nearly, key=lambda found: abs(math.log(found.choice.rows / _USUAL)))
+        chosen += [lightest, usual] if usual is not lightest else [lightest]
     return chosen
 
 

@@ -247,7 +247,7 @@ class _Flight:
         piece = self._sweep.micro_batches[batch]
         attends = self._routes.attends_on(piece)
         staged = self._routes.staged_kv(piece)
-        pages: int | None = None
+        pages: tuple[int, ...] = ()
         slot = 0
         if staged:
             slot, free = self._lowerer.take_lane()
@@ -256,7 +256,7 @@ class _Flight:
         self._advance("project", self._routes.compute, group, batch, self._lowerer.weights(group))
         if attends != self._routes.compute:
             self._advance("qkv_down", "d2h", group, batch, ())
-        attended = self._advance("attend", attends, group, batch, (pages, self._before(batch)), slot=slot)
+        attended = self._advance("attend", attends, group, batch, (*pages, self._before(batch)), slot=slot)
         self._last_attend[batch] = attended
         if staged:
             self._lowerer.give_lane(slot, (self._pages_out(group, batch, attends, slot, attended),))
@@ -280,16 +280,22 @@ class _Flight:
 
     # --- parts ---------------------------------------------------------------------------------------------------
 
-    def _pages_in(self, group: int, batch: int, attends: Resource, slot: int, free: tuple[int, ...]) -> int | None:
-        """KV pages on their way to where they are attended to. Independent of the micro-batch's hidden state."""
+    def _pages_in(self, group: int, batch: int, attends: Resource, slot: int, free: tuple[int, ...]) -> tuple[int, ...]:
+        """KV pages on their way to where they are attended to, and the ids after which they are there.
+
+        Independent of the micro-batch's hidden state. Where no page holds anything yet, nothing has to travel, and
+        nothing may: an empty transfer would still wait in line behind the weights of the next layers.
+        """
         before = self._last_write.get(batch - 1) if self._continues(batch) else None
-        settled = (*self._lowerer.stored(group), before, *free)
-        newest: int | None = None
-        if self._sweep.micro_batches[batch].kv == "disk":
-            newest = self._add("kv_read", "disk_read", group, batch, settled, slot=slot)
+        ready = (*self._lowerer.stored(group), *free, *(() if before is None else (before,)))
+        piece = self._sweep.micro_batches[batch]
+        if all(part.start == 0 for part in piece.slices):
+            return ready
+        if piece.kv == "disk":
+            ready = (*ready, self._add("kv_read", "disk_read", group, batch, ready, slot=slot))
         if attends == "gpu":
-            newest = self._add("kv_up", "h2d", group, batch, (newest, *settled), slot=slot)
-        return newest
+            ready = (*ready, self._add("kv_up", "h2d", group, batch, ready, slot=slot))
+        return ready
 
     def _pages_out(self, group: int, batch: int, attends: Resource, slot: int, attended: int) -> int:
         """The pages that were written to, on their way back to where they rest."""

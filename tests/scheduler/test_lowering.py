@@ -44,7 +44,8 @@ def random_sweep(rng: random.Random, number: int, routes: Routes, sequences: lis
     batches: list[MicroBatch] = []
     last: Slice | None = None
     for _ in range(rng.randint(1, 4)):
-        piece = Slice(rng.choice(sequences), 0, 1, False, 1, 1)
+        start = rng.choice([0, 3])
+        piece = Slice(rng.choice(sequences), start, 1, False, start + 1, start + 1)
         if last is not None and batches[-1].kv == "disk" and rng.random() < 0.3:
             piece = last
         tier = rng.choice(tiers) if piece is not last else "disk"
@@ -65,6 +66,7 @@ class Replay:
         self.host: dict[int, int] = {}  # slot -> group
         self.gpu: dict[int, int] = {}
         self.lanes: dict[int, tuple[int, int]] = {}
+        self.sweep = Sweep(0, ())
 
     def run(self, steps: list[Step], until: frozenset[int]) -> None:
         for step in steps:
@@ -91,6 +93,10 @@ class Replay:
                 assert step.group in self.host.values()
         elif step.kind in ("kv_read", "kv_up") and self.lanes.get(step.slot) != (step.group, step.batch):
             self.lanes[step.slot] = (step.group, step.batch)
+        elif step.kind == "attend" and routes.staged_kv(self.sweep.micro_batches[step.batch]):
+            if all(piece.start == 0 for piece in self.sweep.micro_batches[step.batch].slices):
+                self.lanes[step.slot] = (step.group, step.batch)
+            assert self.lanes[step.slot] == (step.group, step.batch)
         elif step.kind in ("kv_down", "kv_write"):
             assert self.lanes[step.slot] == (step.group, step.batch)
 
@@ -116,6 +122,7 @@ def test_any_legal_timing_is_safe(seed: int) -> None:
             assert sorted(per) == whole
             if kind != "finish":  # those that wait for the CPU may be finished after others
                 assert per == whole
+        replay.sweep = sweep
         replay.run(lowered.steps, lowered.until)
     # Each sweep reads every group on disk once; no more than one sweep's slots are fetched ahead.
     assert 5 * len(routes.reads) <= reads <= 5 * len(routes.reads) + routes.host_slots
