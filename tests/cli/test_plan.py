@@ -135,24 +135,24 @@ def test_this_machine_is_measured_once(program: Program, monkeypatch: pytest.Mon
 def test_the_lengths_of_real_rows(program: Program) -> None:
     texts = ["Once upon a time", "The", "A long story about a small dog " * 3]
     path = program.folder / "rows.jsonl"
-    rows = [{"prompt": text} for text in texts] + [{"prompt": [1] * 9, "max_tokens": 5}]
+    rows = 20 * ([{"prompt": text} for text in texts] + [{"prompt": [1] * 9, "max_tokens": 5}])
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     codec = TextCodec.load_if_present(ASSETS / "demo")
     assert codec is not None
     lengths = [*(len(codec.encode(text)) for text in texts), 9]
     plan = program.json("demo", "--device", "cpu", "--input", str(path), "--max-tokens", "7")
-    assert plan["workload"] == {"prompt_len": sum(lengths) / 4, "gen_len": (3 * 7 + 5) / 4, "num_requests": 4}
+    assert plan["workload"] == {"prompt_len": sum(lengths) / 4, "gen_len": (3 * 7 + 5) / 4, "num_requests": 80}
     assert plan["predicted"]["job_s"] > 0
 
 
 def test_rows_for_a_model_without_a_tokenizer(program: Program) -> None:
     path = program.folder / "rows.jsonl"
-    path.write_text('{"prompt": "' + "x" * 400 + '"}\n{"prompt": [5, 6, 7, 8]}\n')
+    path.write_text(40 * ('{"prompt": "' + "x" * 400 + '"}\n{"prompt": [5, 6, 7, 8]}\n'))
     plan = program.json("opt-125m", "--profile", "l4", "-i", str(path))
     assert plan["workload"]["prompt_len"] == (100 + 4) / 2
     assert program.err.count("\n") == 1
     assert "no tokenizer" in program.err
-    path.write_text('{"prompt": [5, 6, 7, 8]}\n')
+    path.write_text(40 * '{"prompt": [5, 6, 7, 8]}\n')
     assert program.json("opt-125m", "--profile", "l4", "-i", str(path))["workload"]["prompt_len"] == 4
     assert program.err == ""
 
