@@ -7,13 +7,12 @@ from dataclasses import dataclass, replace
 
 from flexbatch.errors import DoesNotFitError, UsageError
 from flexbatch.options import EngineOptions
-from flexbatch.policy.footprint import DTYPE_BYTES, ModelSize, UnitSize
+from flexbatch.policy.footprint import DTYPE_BYTES, PAGE_TOKENS, ModelSize, UnitSize
 from flexbatch.policy.plan import Plan, TierMemory
 from flexbatch.policy.weights import GPU_SLOTS, HOST_SLOTS, WeightPlacement, deal
 from flexbatch.policy.workload import Workload
 from flexbatch.units import MIB, Shares, format_size
 
-PAGE_TOKENS = 64  # a run of 64 keys is long enough for a matrix product and short enough to waste little
 AUTO_SEQUENCES = 128  # fp32 products on a CPU are within a few percent of their best rate from here on
 AUTO_MICRO_BATCH = 512
 LANES = 2
@@ -37,6 +36,11 @@ class Machine:
     def budget(self, tier: str) -> int:
         """Bytes of ``tier``."""
         return {"gpu": self.gpu, "cpu": self.cpu, "disk": self.disk}[tier]
+
+    def with_budget(self, tier: str, nbytes: int) -> Machine:
+        """The same with ``nbytes`` on ``tier``."""
+        budgets = {"gpu": self.gpu, "cpu": self.cpu, "disk": self.disk, tier: nbytes}
+        return Machine(self.compute, budgets["gpu"], budgets["cpu"], budgets["disk"], self.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,13 +243,13 @@ def _weights(
     if machine.compute == "gpu":
         for step in range(_STEPS - 1, -1, -1):
             share = step / _STEPS
-            placement = deal(units, Shares(share, 1 - share, 0), compute="gpu", edges_first=True)
+            placement = deal(units, Shares(share, 1 - share, 0), compute="gpu", edges="gpu" if share else "cpu")
             if fits(placement, stored_dtype):
                 return placement, stored_dtype
     best = everything
     for step in range(_STEPS - 1, -1, -1):
         share = step / _STEPS
-        best = deal(units, Shares(0, share, 1 - share), compute=machine.compute, edges_first=step > 0)
+        best = deal(units, Shares(0, share, 1 - share), compute=machine.compute, edges="cpu" if step else None)
         if fits(best, stored_dtype):
             break
     return best, stored_dtype

@@ -247,7 +247,7 @@ class Engine:
             host_slots=self.plan.host_slots,
             gpu_slots=self.plan.gpu_slots,
             gather=self._weights.gather_on,
-            cpu_attention=self._options.cpu_attention is not False,
+            cpu_attention=self.plan.cpu_attention > 0 or self.plan.gpu_attention is not None,
             lanes=LANES,
         )
         page = PageShape(

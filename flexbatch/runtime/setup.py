@@ -68,7 +68,8 @@ def allocate_kv(
         if tier in pages
     }
     lane_bytes = max(plan.staged_pages.values(), default=0) * page.nbytes
-    on_gpu = routes.compute == "gpu" and not routes.cpu_attention and plan.staged_pages
+    streams = not routes.cpu_attention or plan.gpu_attention is not None
+    on_gpu = routes.compute == "gpu" and streams and plan.staged_pages
     return spill, KVMemory(
         shape=page,
         pools=pools,

@@ -71,8 +71,10 @@ def unit_sizes(units: Sequence[Unit]) -> list[UnitSize]:
     last = max(unit.group for unit in units)
     seen: dict[str, UnitSize] = {}
     for unit in units:
-        groups = (unit.group,) if unit.key not in seen else (*seen[unit.key].groups, unit.group)
-        seen[unit.key] = UnitSize(unit.key, groups, unit.nbytes, unit.elements, unit.group in (0, last))
+        before = seen.get(unit.key)
+        groups = (unit.group,) if before is None else (*before.groups, unit.group)
+        table = unit.is_table or (before is not None and before.table)
+        seen[unit.key] = UnitSize(unit.key, groups, unit.nbytes, unit.elements, unit.group in (0, last), table)
     return list(seen.values())
 
 

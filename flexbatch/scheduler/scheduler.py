@@ -13,7 +13,15 @@ from flexbatch.errors import InternalError
 from flexbatch.scheduler.pages import PageAllocator
 from flexbatch.scheduler.sequence import Sequence
 from flexbatch.scheduler.spread import Spread
-from flexbatch.scheduler.sweep import MicroBatch, Slice, Sweep, cut, pack_by_sequences, pack_by_tokens
+from flexbatch.scheduler.sweep import (
+    MicroBatch,
+    Slice,
+    Sweep,
+    cut,
+    pack_by_sequences,
+    pack_by_tokens,
+    part_by_attention,
+)
 
 if TYPE_CHECKING:
     from flexbatch.policy.plan import Plan
@@ -94,14 +102,18 @@ class Scheduler:
     def _pack(self, slices: list[Slice]) -> Iterator[MicroBatch]:
         for tier in self._pages:
             at_home = [piece for piece in slices if piece.sequence.tier == tier]
-            if self._plan.schedule == "block":
-                packed = pack_by_sequences(at_home, self._plan.micro_batch_sequences)
-            else:
-                pages = self._plan.staged_pages.get(tier, self._pages[tier].capacity)
-                packed = pack_by_tokens(at_home, self._plan.micro_batch_tokens, pages, self._plan.page_tokens)
-            for pieces in packed:
-                tokens = sum(piece.count for piece in pieces)
-                yield MicroBatch(pieces, tier, self._hidden.choose(tokens))
+            for part, streamed in part_by_attention(at_home, tier, self._plan.gpu_attention):
+                for pieces in self._pack_part(part, tier, streamed):
+                    tokens = sum(piece.count for piece in pieces)
+                    yield MicroBatch(pieces, tier, self._hidden.choose(tokens), streamed)
+
+    def _pack_part(self, slices: list[Slice], tier: str, streamed: bool) -> list[tuple[Slice, ...]]:
+        plan = self._plan
+        staged = streamed or tier == "disk" or plan.gpu_attention is None
+        pages = plan.staged_pages.get(tier) if staged else None
+        if plan.schedule == "block":
+            return pack_by_sequences(slices, plan.micro_batch_sequences)
+        return pack_by_tokens(slices, plan.micro_batch_tokens, pages or self._pages[tier].capacity, plan.page_tokens)
 
     def _continuous_slices(self) -> list[Slice]:
         slices = self._decode_slices()
