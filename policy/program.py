@@ -123,9 +123,9 @@ class _Part:
 
     def __init__(self, program: pulp.LpProblem, index: int, problem: Problem) -> None:
         self._problem = problem
-        self._inverse = pulp.LpVariable(f"t{index}", lowBound=0)
+        self._inverse = program.add_variable(f"t{index}", lowBound=0)
         self._scaled = {
-            name: pulp.LpVariable(f"z{index}_{place}", lowBound=0) for place, name in enumerate(problem.variables)
+            name: program.add_variable(f"z{index}_{place}", lowBound=0) for place, name in enumerate(problem.variables)
         }
         self._busy = {name: _expression(row, self._scaled, self._inverse) for name, row in problem.times.items()}
         self.rate = pulp.LpAffineExpression([(self._scaled[name], gain) for name, gain in problem.gain.items()])
@@ -164,9 +164,9 @@ def shortfall(problem: Problem, limit: str, least: float) -> float | None:
     """How much more of what ``limit`` bounds would allow a gain of ``least``; None if no amount would."""
     program = pulp.LpProblem("shortfall", pulp.LpMinimize)
     scale = _scale(problem.limits[limit])
-    missing = pulp.LpVariable("missing", lowBound=0)
-    one = pulp.LpVariable("one", lowBound=1, upBound=1)
-    names = {name: pulp.LpVariable(f"z{index}", lowBound=0) for index, name in enumerate(problem.variables)}
+    missing = program.add_variable("missing", lowBound=0)
+    one = program.add_variable("one", lowBound=1, upBound=1)
+    names = {name: program.add_variable(f"z{index}", lowBound=0) for index, name in enumerate(problem.variables)}
     program.setObjective(missing)
     program.addConstraint(
         pulp.LpAffineExpression([(names[name], gain) for name, gain in problem.gain.items()]) >= least, "gain"
