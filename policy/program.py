@@ -74,9 +74,10 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Solution:
-    """An optimum: ``rate`` = gain / ``sweep_s``. ``prices``: what the rate gains when a row is relaxed by one.
+    """An optimum: ``rate`` = gain / ``sweep_s``.
 
-    A limit's unit is its own (bytes); a time row's is the fraction by which its resource becomes faster.
+    Its duals, to first order: ``prices`` is what the rate gains from one more of what a limit bounds (a byte, a row),
+    ``time_prices`` what it gains from a resource that is twice as fast.
     """
 
     rate: float
@@ -84,6 +85,7 @@ class Solution:
     values: Mapping[str, float]
     busy_s: Mapping[str, float]
     prices: Mapping[str, float]
+    time_prices: Mapping[str, float]
 
     @property
     def bottleneck(self) -> str:
@@ -109,7 +111,7 @@ def solve_all(problems: Sequence[Problem], scales_s: Sequence[float] | None = No
     else:
         program.setObjective(pulp.lpSum(part.haste(scale) for part, scale in zip(parts, scales_s, strict=True)))
     if parts:
-        program.solve(pulp.PULP_CBC_CMD(msg=False, threads=1))
+        program.solve(pulp.PULP_CBC_CMD(mip=False, msg=False, threads=1))
         status = pulp.LpStatus[program.status]
         if status != "Optimal":
             raise InternalError(f"the plan's linear program ended as {status}")
@@ -121,27 +123,26 @@ class _Part:
 
     def __init__(self, program: pulp.LpProblem, index: int, problem: Problem) -> None:
         self._problem = problem
-        self._inverse = pulp.LpVariable(f"t{index}", lowBound=0)
+        self._inverse = program.add_variable(f"t{index}", lowBound=0)
         self._scaled = {
-            name: pulp.LpVariable(f"z{index}_{place}", lowBound=0) for place, name in enumerate(problem.variables)
+            name: program.add_variable(f"z{index}_{place}", lowBound=0) for place, name in enumerate(problem.variables)
         }
         self._busy = {name: _expression(row, self._scaled, self._inverse) for name, row in problem.times.items()}
         self.rate = pulp.LpAffineExpression([(self._scaled[name], gain) for name, gain in problem.gain.items()])
-        self._rows: list[tuple[str, pulp.LpConstraint, float]] = []
-        for name, busy in self._busy.items():
-            self._add(program, f"c{index}_{len(self._rows)}", name, busy <= 1, 1.0)
+        self._times: dict[str, pulp.LpConstraint] = {}
+        for place, (name, busy) in enumerate(self._busy.items()):
+            self._times[name] = busy <= 1
+            program.addConstraint(self._times[name], f"b{index}_{place}")
+        self._rows: dict[str, tuple[pulp.LpConstraint, float]] = {}
         for name, row in (*problem.limits.items(), *problem.equal.items()):
             scale = 1 / _scale(row)
             expression = _expression(_scaled(row, scale), self._scaled, self._inverse)
             constraint = expression <= 0 if name in problem.limits else expression == 0
-            self._add(program, f"c{index}_{len(self._rows)}", name, constraint, scale)
+            program.addConstraint(constraint, f"c{index}_{len(self._rows)}")
+            self._rows[name] = (constraint, scale)
 
         if problem.rate > 0:
             program.addConstraint(self.rate >= problem.rate, f"r{index}")
-
-    def _add(self, program: pulp.LpProblem, label: str, name: str, constraint: pulp.LpConstraint, scale: float) -> None:
-        program.addConstraint(constraint, label)
-        self._rows.append((name, constraint, scale))
 
     def haste(self, scale_s: float) -> pulp.LpAffineExpression:
         """1 / T in units of about 1, less a little for every resource that is busy."""
@@ -153,21 +154,19 @@ class _Part:
         if t <= 0 or reached <= 0:
             return None
         values = {name: max(0.0, float(variable.value() or 0.0)) / t for name, variable in self._scaled.items()}
-        prices = {
-            name: float(constraint.pi or 0.0) * scale * (1.0 if name in self._busy else t)
-            for name, constraint, scale in self._rows
-        }
+        prices = {name: float(row.pi or 0.0) * scale * t for name, (row, scale) in self._rows.items()}
+        time_prices = {name: float(row.pi or 0.0) for name, row in self._times.items()}
         busy_s = {name: row.at(values) for name, row in self._problem.times.items()}
-        return Solution(reached, 1 / t, values, busy_s, prices)
+        return Solution(reached, 1 / t, values, busy_s, prices, time_prices)
 
 
 def shortfall(problem: Problem, limit: str, least: float) -> float | None:
     """How much more of what ``limit`` bounds would allow a gain of ``least``; None if no amount would."""
     program = pulp.LpProblem("shortfall", pulp.LpMinimize)
     scale = _scale(problem.limits[limit])
-    missing = pulp.LpVariable("missing", lowBound=0)
-    one = pulp.LpVariable("one", lowBound=1, upBound=1)
-    names = {name: pulp.LpVariable(f"z{index}", lowBound=0) for index, name in enumerate(problem.variables)}
+    missing = program.add_variable("missing", lowBound=0)
+    one = program.add_variable("one", lowBound=1, upBound=1)
+    names = {name: program.add_variable(f"z{index}", lowBound=0) for index, name in enumerate(problem.variables)}
     program.setObjective(missing)
     program.addConstraint(
         pulp.LpAffineExpression([(names[name], gain) for name, gain in problem.gain.items()]) >= least, "gain"
@@ -177,7 +176,7 @@ def shortfall(problem: Problem, limit: str, least: float) -> float | None:
         if name == limit:
             expression = expression - missing
         program.addConstraint(expression <= 0 if name in problem.limits else expression == 0, f"r{index}")
-    program.solve(pulp.PULP_CBC_CMD(msg=False, threads=1))
+    program.solve(pulp.PULP_CBC_CMD(mip=False, msg=False, threads=1))
     return scale * float(missing.value() or 0.0) if pulp.LpStatus[program.status] == "Optimal" else None
 
 

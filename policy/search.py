@@ -34,7 +34,7 @@ _SIMULATED = 3
 _NEAR = 0.7  # of the best rate: choices of less are not looked at
 _NEARLY = 0.97
 _USUAL = 512  # tokens of a micro-batch
-_MULTIPLES = (1, 2, 4)  # of the smallest sweep's sequences
+_MULTIPLES = (1, 1.5, 2, 4)  # of the smallest sweep's sequences
 _EQUAL = 0.99  # plans within one percent are equal; the one with the smallest sweep is taken
 
 
@@ -104,7 +104,7 @@ def _best_choices(ranked: Sequence[Ranked], compute: str) -> list[Ranked]:
         nearly = [found for found in own if found.solution.rate >= _NEARLY * own[0].solution.rate]
         lightest = min(nearly, key=lambda found: found.solution.busy_s.get(compute, 0.0) / sequences_of(found.solution))
         usual = min(nearly, key=lambda found: abs(math.log(found.choice.rows / _USUAL)))
-        chosen += [lightest, usual] if usual is not lightest else [lightest]
+        chosen += list({id(found): found for found in (lightest, usual, own[0])}.values())
     return chosen
 
 
@@ -159,7 +159,9 @@ def _choices(shop: Shop, edges: str, *, disk: bool = False) -> Iterator[Choice]:
         for ways in _ways(options, machine, disk=disk):
             on_disk = any(way in ("disk", "disk_up") for way in ways)
             for index, rows in enumerate(sizes):
-                micro = rows if options.micro_batch is None else options.micro_batch
+                # A sweep of up to twice as many tokens had better be one micro-batch than two.
+                micro = rows if block else max(rows, min(2 * rows, _USUAL))
+                micro = micro if options.micro_batch is None else options.micro_batch
                 cut = cut_for(
                     shop.size,
                     precision,
