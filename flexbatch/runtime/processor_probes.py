@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flexbatch.kernels.attention import Span, attend, prepare
-from flexbatch.kernels.linear import linear
+from flexbatch.kernels.linear import linear, pack
 from flexbatch.kernels.norms import rms_norm
 from flexbatch.memory.kv import PageShape
 from flexbatch.runtime.device import Device
@@ -68,9 +68,9 @@ class Bench:
         return Stopwatch(self.device, self.tier)
 
     def weights(self, dtype: torch.dtype) -> list[Tensor]:
-        """Weights, each [side, side], that together take ``room``: more than any cache holds."""
+        """Weights, each [side, side], as runs keep them, that together take ``room``: more than any cache holds."""
         nbytes = self.side**2 * dtype.itemsize
-        return [self.random((self.side, self.side), dtype) for _ in range(max(2, self.room // nbytes))]
+        return [pack(self.random((self.side, self.side), dtype)) for _ in range(max(2, self.room // nbytes))]
 
 
 def products(bench: Bench, dtype: torch.dtype, rows: Sequence[int]) -> Probe:
