@@ -111,7 +111,7 @@ def solve_all(problems: Sequence[Problem], scales_s: Sequence[float] | None = No
     else:
         program.setObjective(pulp.lpSum(part.haste(scale) for part, scale in zip(parts, scales_s, strict=True)))
     if parts:
-        program.solve(pulp.PULP_CBC_CMD(mip=False, msg=False, threads=1))
+        program.solve(_solver())
         status = pulp.LpStatus[program.status]
         if status != "Optimal":
             raise InternalError(f"the plan's linear program ended as {status}")
@@ -176,7 +176,7 @@ def shortfall(problem: Problem, limit: str, least: float) -> float | None:
         if name == limit:
             expression = expression - missing
         program.addConstraint(expression <= 0 if name in problem.limits else expression == 0, f"r{index}")
-    program.solve(pulp.PULP_CBC_CMD(mip=False, msg=False, threads=1))
+    program.solve(_solver())
     return scale * float(missing.value() or 0.0) if pulp.LpStatus[program.status] == "Optimal" else None
 
 
@@ -193,3 +193,8 @@ def _scaled(row: Row, factor: float) -> Row:
 def _scale(row: Row) -> float:
     """What a row is divided by, so that all rows are of one order of magnitude."""
     return max(map(abs, (*row.terms.values(), row.constant))) or 1.0
+
+
+def _solver() -> pulp.LpSolver:
+    """The CBC that comes with PuLP."""
+    return pulp.COIN_CMD(path=pulp.PULP_CBC_CMD.pulp_cbc_path, mip=False, msg=False, threads=1)

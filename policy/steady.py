@@ -82,6 +82,7 @@ def steady_state(
     limits = {**_memory(choice, cost, mean, machine, weights.memory), **weights.limits}
     everyone = dict.fromkeys(counts, 1.0)
     limits["rows"] = Row(everyone, -float(min(bounds.rows, bounds.max_sequences or bounds.rows)))
+    limits["one"] = Row(dict.fromkeys(counts, -1.0), 1.0)
     if choice.least:
         tokens = mean.decode.tokens + mean.prompt.tokens
         limits["micro_batch"] = Row(dict.fromkeys(counts, -tokens), float(choice.least))

@@ -21,8 +21,10 @@ from flexbatch.scheduler.lowering import Lowerer, Routes
 from flexbatch.units import Shares
 
 _LAYERS = 12  # enough for a rhythm
+_FEWEST_LAYERS = 3
+_FEW_STEPS = 1000
 _OF_EACH = 5
-_MOST_STEPS = 30_000  # of a sweep; beyond it the sum over resources is what is predicted
+_MOST_STEPS = 12_000  # of a sweep; beyond it the sum over resources is what is predicted
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,12 @@ def finalists(shop: Shop, candidates: Sequence[Candidate]) -> list[Estimate]:
 def estimate(shop: Shop, candidate: Candidate) -> Estimate:
     """Simulate a few layers of a candidate's steady sweep, and sum up its job."""
     setting = candidate.setting
-    timing = simulated(shop, candidate, layers=min(_LAYERS, shop.size.shape.num_layers))
+    cut, mean = candidate.choice.cut, setting.mean
+    batches = setting.sequences * (mean.decode.tokens + mean.prompt.tokens) / cut.micro_tokens
+    if any(way != "gpu" for way in setting.ways):
+        batches = max(batches, setting.sequences * mean.pages / cut.staged_pages)
+    layers = max(_FEWEST_LAYERS, min(_LAYERS, int(_FEW_STEPS / max(1.0, batches))))
+    timing = simulated(shop, candidate, layers=min(layers, shop.size.shape.num_layers))
     stretch = 1.0
     if timing is not None:
         most = max(timing.busy_s.values()) if setting.overlap else sum(timing.busy_s.values())

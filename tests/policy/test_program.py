@@ -55,7 +55,7 @@ class Enumeration:
         return {name for name, gain in zip(self.names, self.gain, strict=True) if gain}
 
     def best(self) -> float:
-        blocks = np.geomspace(self.most / 1e6 if self.most > 100 else 0.01, self.most, 28)
+        blocks = np.geomspace(1.0, self.most, 28)
         rates = [self.rate(block) for block in blocks]
         for _ in range(3):  # N / T is quasi-concave, for T is convex in N
             place = int(np.argmax(rates))
