@@ -67,7 +67,7 @@ def steady_state(
 ) -> Problem:
     """The program of one choice. With ``placement`` the weights stand where it says; else their shares are variables.
 
-    Variables: ``weights_TIER`` (shares of the layers' bytes), ``slot_gpu`` and ``slot_host`` (bytes of a buffer),
+    Variables: ``weights_TIER`` (shares of the layers' bytes), ``slot_gpu`` and ``slot_host`` (buffers, in layers),
     ``sequences_WAY``. Times are seconds a sweep, ``disk`` is reading and writing together; limits are bytes of a tier,
     or counts.
     """
@@ -194,14 +194,14 @@ def _free(choice: Choice, cost: Cost, units: Sequence[UnitSize], machine: Machin
     if compute == "gpu":
         up = {names[tier]: cost.link_s("h2d", total) for tier in tiers if tier != "gpu"}
         times["h2d"] = Row(up, seconds["h2d"])
-        memory["gpu"] = Row({"slot_gpu": GPU_SLOTS, **({names["gpu"]: total} if "gpu" in names else {})})
-        limits["slot_gpu"] = Row({**{names[tier]: layer for tier in tiers if tier != "gpu"}, "slot_gpu": -1.0})
-        limits["slot_gpu_edges"] = Row({"slot_gpu": -1.0}, _largest(moving.uploaded))
+        memory["gpu"] = Row({"slot_gpu": GPU_SLOTS * layer, **({names["gpu"]: total} if "gpu" in names else {})})
+        limits["slot_gpu"] = Row({**{names[tier]: 1.0 for tier in tiers if tier != "gpu"}, "slot_gpu": -1.0})
+        limits["slot_gpu_edges"] = Row({"slot_gpu": -1.0}, _largest(moving.uploaded) / layer)
     resident = float(sum(resident_bytes(unit, "cpu", choice.precision, compute) for unit in layers))
-    memory["cpu"] = Row({"slot_host": HOST_SLOTS, **({names["cpu"]: resident} if "cpu" in names else {})})
-    from_disk = {names["disk"]: layer} if "disk" in names else {}
+    memory["cpu"] = Row({"slot_host": HOST_SLOTS * layer, **({names["cpu"]: resident} if "cpu" in names else {})})
+    from_disk = {names["disk"]: 1.0} if "disk" in names else {}
     limits["slot_host"] = Row({**from_disk, "slot_host": -1.0})
-    limits["slot_host_edges"] = Row({"slot_host": -1.0}, _largest(moving.read))
+    limits["slot_host_edges"] = Row({"slot_host": -1.0}, _largest(moving.read) / layer)
     if choice.edges != "disk":
         at_edges = sum(resident_bytes(unit, choice.edges, choice.precision, compute) for unit in edges)
         memory[choice.edges] = memory[choice.edges] + Row({}, float(at_edges))
