@@ -13,8 +13,8 @@ from flexbatch.options import EngineOptions, Resource
 from flexbatch.policy.cost import Cost, Precision, Way, traffic
 from flexbatch.policy.footprint import ModelSize, UnitSize
 from flexbatch.policy.job import Setting
+from flexbatch.policy.machine import Machine
 from flexbatch.policy.memory import account, sized
-from flexbatch.policy.placement import Machine
 from flexbatch.policy.plan import TIERS, TierMemory
 from flexbatch.policy.profile import HardwareProfile
 from flexbatch.policy.program import Problem, Solution, solve_all

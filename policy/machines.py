@@ -13,7 +13,7 @@ from pathlib import Path
 
 from flexbatch.errors import UsageError
 from flexbatch.options import EngineOptions
-from flexbatch.policy.placement import Machine
+from flexbatch.policy.machine import Machine
 from flexbatch.policy.profile import HardwareProfile, parse_profile
 
 SHARES = {"gpu": 0.9, "cpu": 0.8, "disk": 0.9}

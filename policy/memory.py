@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from flexbatch.policy.cost import Cost, Precision
 from flexbatch.policy.footprint import DTYPE_BYTES, PAGE_TOKENS, ModelSize, UnitSize, packed_bytes
-from flexbatch.policy.placement import LANES, Machine
+from flexbatch.policy.machine import LANES, Machine
 from flexbatch.policy.plan import TIERS, TierMemory
 from flexbatch.policy.weights import GPU_SLOTS, HOST_SLOTS, WeightPlacement
 from flexbatch.policy.workload import Workload

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from flexbatch.errors import UsageError
+from flexbatch.errors import DoesNotFitError, UsageError
 from flexbatch.options import EngineOptions
 from flexbatch.policy.candidates import Shop, Trial, realise
 from flexbatch.policy.cost import Precision, Way
 from flexbatch.policy.footprint import DTYPE_BYTES, ModelSize, UnitSize
+from flexbatch.policy.machine import Machine
 from flexbatch.policy.memory import cut_for
 from flexbatch.policy.misfit import does_not_fit
-from flexbatch.policy.placement import Machine
 from flexbatch.policy.plan import Plan
 from flexbatch.policy.profile import HardwareProfile
 from flexbatch.policy.program import Solution, solve_all
@@ -52,12 +52,28 @@ def choose(
     """Return the Plan with the highest predicted throughput of the job, and where each unit of weights rests.
 
     What ``options`` fix is a constraint. Among plans within 1% of the best, the one with the smallest sweep is taken.
+    Where the job's mean row has no room the plan is made for its shorter rows: those that do not fit it fail alone.
     Raises DoesNotFitError, with tier, missing bytes and the cheapest remedy, if not even one row fits; UsageError if
     ``options`` ask for a tier that the device has not.
     """
     check_options(options, machine)
     shop = Shop(name, size, tuple(units), workload, options, machine, profile, stored_dtype)
-    return plan_of(shop, chosen(shop))
+    while True:
+        try:
+            plan, placement = plan_of(shop, chosen(shop))
+        except DoesNotFitError:
+            shorter = shop.workload.shorter_half()
+            if shorter is None:
+                raise
+            shop = Shop(name, size, tuple(units), shorter, options, machine, profile, stored_dtype)
+        else:
+            whole = replace(
+                plan,
+                prompt_len=workload.prompt_len,
+                gen_len=workload.gen_len,
+                num_requests=workload.num_requests,
+            )
+            return whole, placement
 
 
 def chosen(shop: Shop) -> Estimate:

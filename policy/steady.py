@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from flexbatch.policy.cost import Cost, Load, Precision, Traffic, Way, traffic
 from flexbatch.policy.footprint import UnitSize
+from flexbatch.policy.machine import LANES, Machine
 from flexbatch.policy.memory import BLOCK, Cut, resident_bytes
-from flexbatch.policy.placement import LANES, Machine
 from flexbatch.policy.program import Problem, Row
 from flexbatch.policy.weights import GPU_SLOTS, HOST_SLOTS, RANGE_SLACK, WeightPlacement
 from flexbatch.policy.workload import Mean

@@ -11,7 +11,7 @@ from typing import Any
 from flexbatch.policy.candidates import Candidate, Shop
 from flexbatch.policy.cost import Traffic, Way
 from flexbatch.policy.job import job_seconds, steady_seconds, sweep_busy
-from flexbatch.policy.placement import LANES
+from flexbatch.policy.machine import LANES
 from flexbatch.policy.plan import Plan
 from flexbatch.policy.sample import steady_sweep
 from flexbatch.policy.simulator import Simulator, SweepTiming, simulate

@@ -77,6 +77,16 @@ class Workload:
         )
         return min(lengths, default=0)
 
+    def shorter_half(self) -> Workload | None:
+        """The rows no longer than the middle one of different lengths; None if all are equally long."""
+        lengths = [prompt + new for prompt, new in zip(self.prompts, self.generations, strict=True)]
+        kinds = sorted(set(lengths))
+        if len(kinds) < 2:
+            return None
+        most = kinds[len(kinds) // 2 - 1]
+        kept = [place for place, length in enumerate(lengths) if length <= most]
+        return Workload(tuple(self.prompts[at] for at in kept), tuple(self.generations[at] for at in kept))
+
     def mean(self, max_positions: int, page_tokens: int, windows: Mapping[int | None, int], *, block: bool) -> Mean:
         """What one sequence in flight asks of a sweep, on average over the time that the rows are in flight.
 

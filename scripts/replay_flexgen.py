@@ -14,7 +14,7 @@ from flexbatch.models.registry import family_of
 from flexbatch.models.spec import model_size
 from flexbatch.options import EngineOptions
 from flexbatch.policy.footprint import ModelSize, UnitSize, packed_bytes
-from flexbatch.policy.placement import Machine
+from flexbatch.policy.machine import Machine
 from flexbatch.policy.profile import Curve, HardwareProfile, Processor
 from flexbatch.policy.search import choose
 from flexbatch.policy.workload import Workload

@@ -19,7 +19,7 @@ from flexbatch.options import EngineOptions
 if TYPE_CHECKING:
     from flexbatch.checkpoint.locate import ModelFolder
     from flexbatch.policy.candidates import Shop
-    from flexbatch.policy.placement import Machine
+    from flexbatch.policy.machine import Machine
     from flexbatch.policy.profile import HardwareProfile
     from flexbatch.policy.workload import Workload
     from flexbatch.requests import Request

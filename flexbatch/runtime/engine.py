@@ -25,8 +25,9 @@ from flexbatch.memory.spill import SpillFile
 from flexbatch.models.registry import family_of
 from flexbatch.models.spec import model_size
 from flexbatch.options import EngineOptions
-from flexbatch.policy.placement import LANES, place
+from flexbatch.policy.machine import LANES
 from flexbatch.policy.plan import Plan
+from flexbatch.policy.search import choose
 from flexbatch.policy.weights import WeightPlacement
 from flexbatch.policy.workload import Workload
 from flexbatch.requests import FinishReason, Result, RowError, TokenizedRequest, TokenLogprobs
@@ -34,7 +35,8 @@ from flexbatch.runtime.allocator import keep_freed_blocks
 from flexbatch.runtime.hardware import peak_rss, product_rate
 from flexbatch.runtime.hidden import HiddenMoves
 from flexbatch.runtime.micro_batch import Readout
-from flexbatch.runtime.setup import allocate_kv, machine_for, open_device
+from flexbatch.runtime.profile_cache import machine_profile
+from flexbatch.runtime.setup import allocate_kv, disk_folder, machine_for, open_device
 from flexbatch.runtime.sweep_runner import SweepRunner
 from flexbatch.runtime.trace import Trace
 from flexbatch.runtime.weight_store import Progress, WeightStore, unit_sizes, units_of
@@ -97,6 +99,14 @@ class Engine:
         self._units = unit_sizes(units)
         self._device = open_device(options)
         self._machine = machine_for(options, self._device, folder.shape.stored_dtype)
+        self._profile = machine_profile(
+            self._device,
+            disk_folder(options),
+            rates=options.rates,
+            types=(self._machine.dtype,),
+            progress=progress,
+        )
+        self._workload = workload
         self.plan, placement = self._place(workload)
         self._reader = DirectReader(rate=options.rates.get("disk_read"))
         self._weights = WeightStore(
@@ -213,18 +223,22 @@ class Engine:
     # --- parts of a run ----------------------------------------------------------------------------------------
 
     def _place(self, workload: Workload) -> tuple[Plan, WeightPlacement]:
-        return place(
+        return choose(
             self._folder.name,
             self._size,
             self._units,
             workload,
             self._options,
             self._machine,
+            self._profile,
             stored_dtype=self._shape.stored_dtype,
         )
 
     def _replan(self, workload: Workload) -> None:
         """Plan for these rows; the weights stay where they are."""
+        if workload == self._workload:
+            return
+        self._workload = workload
         plan, _ = self._place(workload)
         kept = ("weights", "weights_dtype", "host_slots", "gpu_slots")
         plan = replace(plan, **{name: getattr(self.plan, name) for name in kept})

@@ -10,7 +10,7 @@ from flexbatch.memory.aligned import align_up
 from flexbatch.memory.kv import DiskPages, KVMemory, KVPool, PageShape
 from flexbatch.memory.spill import SpillFile
 from flexbatch.options import EngineOptions
-from flexbatch.policy.placement import LANES, Machine
+from flexbatch.policy.machine import LANES, Machine
 from flexbatch.policy.plan import Plan
 from flexbatch.runtime.cuda import pick_device
 from flexbatch.runtime.device import Device

@@ -11,7 +11,7 @@ from flexbatch.models.spec import model_size
 from flexbatch.options import EngineOptions
 from flexbatch.policy.candidates import Shop
 from flexbatch.policy.footprint import ModelSize, UnitSize
-from flexbatch.policy.placement import Machine
+from flexbatch.policy.machine import Machine
 from flexbatch.policy.profile import Curve, HardwareProfile, Processor
 from flexbatch.policy.workload import Workload
 
