@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from flexbatch.checkpoint.dummy import dummy_checkpoint
+from flexbatch.checkpoint.gguf import open_gguf
 from flexbatch.checkpoint.locate import ModelFolder
 from flexbatch.checkpoint.safetensors import read_header, read_index, read_tensor
 from flexbatch.checkpoint.tensors import DTYPES, Checkpoint, TensorEntry
@@ -42,6 +43,10 @@ class StoredCheckpoint:
         """Return the tensor in its stored dtype and its own memory; ModelError where the file is cut short."""
         return read_tensor(entry)
 
+    def at_rest(self, entry: TensorEntry) -> TensorEntry:
+        """Return the entry itself."""
+        return entry
+
 
 def open_checkpoint(folder: ModelFolder, table: WeightTable) -> Checkpoint:
     """Return the weights that ``table`` names. Reads headers only (and tied copies, to compare them).
@@ -51,6 +56,8 @@ def open_checkpoint(folder: ModelFolder, table: WeightTable) -> Checkpoint:
     """
     if folder.dummy:
         return dummy_checkpoint(folder, table)
+    if folder.path.is_file():
+        return open_gguf(folder.path, folder.shape, folder.config, table)
     stored = _stored_entries(_weights_folder(folder.path))
     entries = match(table, stored, folder.path)
     return StoredCheckpoint(entries, _fingerprint(folder, stored))

@@ -96,7 +96,7 @@ class Engine:
         units = units_of(table, checkpoint, folder.shape.vocab_size)
         self._units = unit_sizes(units)
         self._device = open_device(options)
-        self._machine = machine_for(options, self._device, folder.shape.stored_dtype)
+        self._machine = machine_for(options, self._device, folder.native_dtype or folder.shape.stored_dtype)
         self.plan, placement = self._place(workload)
         self._reader = DirectReader(rate=options.rates.get("disk_read"))
         self._weights = WeightStore(
