@@ -214,12 +214,12 @@ def _finished(tokenizer: Tokenizer, vocabulary: _Vocabulary, *, add_bos: bool) -
         ends.append(("eos", eos, False))
     single = ["$A"]
     pieces = []
-    for name, token, front in ends:
-        if token is None:
+    for name, end, front in ends:
+        if end is None:
             raise vocabulary.wrong(f"tokenizer.ggml.add_{name}_token is set, but {name}_token_id is missing")
-        text = vocabulary.tokens[token]
+        text = vocabulary.tokens[end]
         single = [text, *single] if front else [*single, text]
-        pieces.append((text, token))
+        pieces.append((text, end))
     if ends:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=single, pair=[*single, "$B:1"], special_tokens=pieces
