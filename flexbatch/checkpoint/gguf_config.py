@@ -184,7 +184,7 @@ def _llama_like(file: GgufFile, keys: _Keys) -> dict[str, Any]:
     if head_dim is None and isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
         head_dim = hidden // heads
     for key in ("attention.value_length", "rope.dimension_count"):
-        if keys.get(key) not in (None, head_dim):
+        if head_dim is not None and keys.get(key) not in (None, head_dim):
             raise keys.wrong(key, f"differs from the size of a head ({head_dim}), which is not supported")
     config = {
         "hidden_size": hidden,

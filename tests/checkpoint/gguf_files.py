@@ -92,7 +92,7 @@ def write_model(
         if stored.ndim == 2 and "wpe" not in name:
             kind = kinds[turn % len(kinds)]
             turn += 1
-        target = gguf_name(architecture, name)
+        target = name if name == "rope_freqs.weight" else gguf_name(architecture, name)
         if kind in (Q.Q4_K, Q.Q5_K, Q.Q6_K):
             writer.add_tensor(target, random_blocks(rng, kind, *stored.shape), raw_dtype=kind)
         else:
@@ -117,7 +117,9 @@ def write_settings(writer: Any, architecture: str, config: Any) -> None:
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    if architecture == "qwen3":
+    if architecture == "qwen3" or (
+        architecture == "llama" and config.head_dim * config.num_attention_heads != config.hidden_size
+    ):
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
     if architecture == "llama":
