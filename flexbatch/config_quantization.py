@@ -19,13 +19,15 @@ class Quantization:
     """How the 4-bit linears of a checkpoint are stored.
 
     ``zero_offset`` is added to a stored zero point (GPTQ's first format stores it less one). ``symmetric``: all zero
-    points are the middle code. ``skipped``: modules (parts of their names) that were left as they are.
+    points are the middle code. ``act_order``: each input names its group. ``skipped``: modules (parts of their names)
+    that were left as they are.
     """
 
     method: Literal["gptq", "awq"]
     group: int
     zero_offset: int = 0
     symmetric: bool = False
+    act_order: bool = False
     skipped: tuple[str, ...] = ()
 
 
@@ -114,4 +116,4 @@ def read_quantization(architecture: str, config: Mapping[str, Any]) -> Quantizat
     if len(formats) > 1:
         raise refuse(where, "checkpoint_format", values["checkpoint_format"], f"but format is {values['format']!r}")
     offset = 0 if "gptq_v2" in formats else 1
-    return Quantization("gptq", values["group_size"], offset, values["sym"], skipped)
+    return Quantization("gptq", values["group_size"], offset, values["sym"], values["desc_act"], skipped)

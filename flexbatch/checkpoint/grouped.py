@@ -151,6 +151,8 @@ def _recipe(
             )
     group, chosen = quantization.group, None
     index = stored.get(f"{module}.g_idx")
+    if index is None and quantization.act_order:
+        raise ModelError(f"{parts['qweight'].path}: tensor {module}.g_idx is missing, though desc_act is set")
     if index is not None:
         group, chosen = _order(index, in_features, quantization.group, groups)
     return GroupedRecipe(
