@@ -31,7 +31,10 @@ class Recipe(Protocol):
         """Return the tensor as its entry says, in its own memory; ModelError where the stored bytes are damaged."""
 
     def packed(self) -> Packed | None:
-        """Return the same values in the group format, exactly, or None where it cannot hold them."""
+        """Return the same values [out, in] in the group format, exactly, or None where it cannot hold them.
+
+        The order is [out, in] for tables that store [in, out], too.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +55,7 @@ class DerivedCheckpoint:
         return tensor
 
     def packed(self, entry: TensorEntry) -> Packed | None:
-        """Return the tensor in the group format without any loss, or None where that is not possible."""
+        """Return the weight [out, in] in the group format without any loss, or None where that is not possible."""
         recipe = self.recipes.get(entry.name) if entry.path is None else None
         return None if recipe is None else recipe.packed()
 

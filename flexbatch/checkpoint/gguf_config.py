@@ -29,6 +29,7 @@ CLASSES = {
 ROPE_FACTORS = "rope_freqs.weight"
 """The tensor by which frequencies are divided: Llama 3's scaling, written out."""
 
+_PREFIXES = ("general.", "tokenizer.", "split.", "quantize.", "adapter.", "imatrix.")
 _END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 _MAX_FACTORS = 2**16
 # Keys that change a forward pass and are not implemented, with the value at which they change nothing.
@@ -112,7 +113,9 @@ def gguf_config(file: GgufFile) -> GgufConfig:
     if "token_embd.weight" not in file.tensors:
         raise ModelError(f"{file.path}: tensor token_embd.weight is missing: the file holds no model")
     keys = _Keys(file, name)
-    warnings = keys.check()
+    known = (*_PREFIXES, f"{name}.")
+    strangers = tuple(key for key in file.metadata if not key.startswith(known))
+    warnings = keys.check() + tuple(f"GGUF: the key {key} is not known; it is ignored" for key in strangers)
     config = _gpt2(keys) if name == "gpt2" else _llama_like(file, keys)
     stored, native = _dtypes(file)
     config |= {

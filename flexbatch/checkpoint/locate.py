@@ -52,6 +52,11 @@ def locate(model: str, *, dummy: bool = False) -> ModelFolder:
         return _gguf(model, path, dummy)
     config = _read_json(path / "config.json")
     if config is None:
+        files = sorted(path.glob("*.gguf"))
+        if files:
+            raise ModelError(
+                f"{path}: no config.json, but GGUF files: give one of them as the model, such as {files[0]}"
+            )
         raise ModelError(f"{path}: no config.json: not a Hugging Face model folder")
     generation_config = _read_json(path / "generation_config.json")
     try:
@@ -91,7 +96,7 @@ def _folder(model: str, dummy: bool) -> Path:
                 return ASSETS / "configs" / packaged
     if not _HUB_ID.fullmatch(repo):
         raise ModelError(
-            f"model {model} is neither a folder, a hub id (owner/name), demo nor a short name; "
+            f"model {model} is neither a folder, a GGUF file, a hub id (owner/name), demo nor a short name; "
             "short names are such as opt-6.7b, llama-3.1-8b, mistral-7b, qwen2.5-7b-instruct, qwen3-8b, gpt2"
         )
     return fetch(model, repo, weights=not dummy)
