@@ -31,6 +31,7 @@ ROPE_FACTORS = "rope_freqs.weight"
 
 _PREFIXES = ("general.", "tokenizer.", "split.", "quantize.", "adapter.", "imatrix.")
 _END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
+_NO_TOKEN = 2**32 - 1  # what writers put for a token that does not exist
 _MAX_FACTORS = 2**16
 # Keys that change a forward pass and are not implemented, with the value at which they change nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -318,7 +319,7 @@ def _ends(file: GgufFile) -> list[int]:
     ends = []
     for key in _END_KEYS:
         token = file.metadata.get(f"tokenizer.ggml.{key}")
-        if token is None:
+        if token in (None, _NO_TOKEN):
             continue
         if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocabulary:
             raise ModelError(f"{file.path}: tokenizer.ggml.{key} = {str(token)[:40]} is none of {vocabulary} tokens")

@@ -96,7 +96,7 @@ def _folder(model: str, dummy: bool) -> Path:
                 return ASSETS / "configs" / packaged
     if not _HUB_ID.fullmatch(repo):
         raise ModelError(
-            f"model {model} is neither a folder, a GGUF file, a hub id (owner/name), demo nor a short name; "
+            f"model {model} is neither a folder, a hub id (owner/name), demo nor a short name (nor a GGUF file); "
             "short names are such as opt-6.7b, llama-3.1-8b, mistral-7b, qwen2.5-7b-instruct, qwen3-8b, gpt2"
         )
     return fetch(model, repo, weights=not dummy)

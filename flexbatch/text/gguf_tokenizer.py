@@ -253,10 +253,10 @@ class _Vocabulary:
         return value
 
     def special(self, key: str) -> int | None:
-        """The token that a key names, or None; ids beyond the vocabulary (a list's end mark) count as none."""
+        """The token that a key names, or None; all ones are what writers put for a token that does not exist."""
         token = self.get(key, int, None)
         if token is not None and not 0 <= token < len(self.tokens):
-            if token in (-1, 2**32 - 1):
+            if token == 2**32 - 1:
                 return None
             raise self.wrong(f"tokenizer.ggml.{key} is {token}, but there are {len(self.tokens)} tokens")
         return token if token is None else int(token)
