@@ -45,7 +45,9 @@ class RunOptions:
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Give ``parser`` the options of ``flexbatch run``."""
     files = parser.add_argument_group("files")
-    files.add_argument("--model", required=True, help="a folder, a hub id, a short name such as opt-30b, or demo")
+    files.add_argument(
+        "--model", required=True, help="a folder, a GGUF file, a hub id, a short name such as opt-30b, or demo"
+    )
     files.add_argument("-i", "--input", required=True, metavar="FILE", help="rows in JSONL, - for stdin")
     files.add_argument("-o", "--output", required=True, metavar="FILE", type=Path, help="where the results go, JSONL")
     files.add_argument("--stats", metavar="FILE", type=Path, help="write what the run cost, JSON")

@@ -98,7 +98,7 @@ class Engine:
         units = units_of(table, checkpoint, folder.shape.vocab_size)
         self._units = unit_sizes(units)
         self._device = open_device(options)
-        self._machine = machine_for(options, self._device, folder.shape.stored_dtype)
+        self._machine = machine_for(options, self._device, folder.native_dtype or folder.shape.stored_dtype)
         self._profile = machine_profile(
             self._device,
             disk_folder(options),

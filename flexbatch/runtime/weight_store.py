@@ -8,13 +8,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from flexbatch.checkpoint.tensors import DTYPES, Checkpoint, TensorEntry
-from flexbatch.errors import UsageError
 from flexbatch.kernels.linear import pack
 from flexbatch.memory.aligned import align_up
 from flexbatch.memory.direct import DirectReader, Extent, ReadPlan, plan_reads
@@ -111,9 +110,10 @@ class WeightStore:
         self._shared = {key for key, count in keys.items() if count > 1}
         self._tables: dict[str, Tensor] = {}
         streamed = [unit for unit in units if not self._rests_at_compute(tiers[unit.key])]
-        self._table = next((unit for unit in streamed if unit.is_table), None)
+        table_unit = next((unit for unit in streamed if unit.is_table), None)
+        self._table = None if table_unit is None else _grounded(table_unit, checkpoint, tiers)
         self._table_tier = tiers[self._table.key] if self._table is not None else None
-        moving = [unit for unit in streamed if not unit.is_table]
+        moving = [_grounded(unit, checkpoint, tiers) for unit in streamed if not unit.is_table]
         resident = {(unit.group, unit.name) for unit in units} - {(unit.group, unit.name) for unit in streamed}
         for index, group in enumerate(table.groups):
             self._resident.append(self._load_resident(index, group, resident))
@@ -328,7 +328,13 @@ class _Stream:
         return found
 
 
+def _grounded(unit: Unit, checkpoint: Checkpoint, tiers: Mapping[str, str]) -> Unit:
+    """A unit that rests on disk, its entries such as lie in files; any other as it is."""
+    if tiers[unit.key] != "disk" or all(entry.path is not None for entry in unit.entries):
+        return unit
+    return replace(unit, entries=tuple(checkpoint.at_rest(entry) for entry in unit.entries))
+
+
 def _extent(entry: TensorEntry) -> Extent:
-    if entry.path is None:
-        raise UsageError("--dummy-weights: made-up weights cannot rest on disk; give --weights a disk share of 0")
+    assert entry.path is not None, f"{entry.name} rests on disk and lies in no file"
     return Extent(entry.path, entry.offset, entry.nbytes)
