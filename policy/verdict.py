@@ -140,7 +140,8 @@ def simulated(
             max_positions=shop.size.shape.max_positions,
             number=place,
         )
-        if len(made.micro_batches) * number * 5 > _MOST_STEPS:
+        # So few rows, or so short ones, that the mean sweep rounds to none.
+        if not made.micro_batches or len(made.micro_batches) * number * 5 > _MOST_STEPS:
             return None
         return simulate(lowerer, simulator, made, cost, weights)
 

@@ -136,3 +136,12 @@ def test_a_gpu_share_without_a_gpu() -> None:
         UsageError, match=r"^--kv: this device has no GPU, so its gpu share must be 0: use e.g. 0,100,0$"
     ):
         plan("opt-125m", 0, 8, (10, 10, 10), device=False, kv=Shares(1, 0, 0))
+
+
+@pytest.mark.parametrize("device", [True, False])
+@pytest.mark.parametrize("job", [(1, 1, 1), (5, 1, 1), (3, 1, 2), (200, 2, 2), (1, 300, 1), (400, 1, 3), (2, 2, 4)])
+def test_jobs_of_a_few_short_rows_have_plans(device: bool, job: tuple[int, int, int]) -> None:
+    for options in ({}, {"schedule": "block"}, {"overlap": False}):
+        found, _ = plan("opt-125m", 8, 16, job, device=device, **options)
+        assert 1 <= found.max_sequences <= job[2]
+        assert found.predicted["throughput_tok_s"] > 0
