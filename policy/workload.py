@@ -10,10 +10,11 @@ from flexbatch.requests import TokenizedRequest
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Prompt and generation lengths of every row, in tokens."""
+    """Prompt and generation lengths of every row, in tokens; ``adapters``: the different ones that rows name."""
 
     prompts: tuple[int, ...]
     generations: tuple[int, ...]
+    adapters: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, requests: Sequence[TokenizedRequest]) -> Workload:
@@ -21,6 +22,7 @@ class Workload:
         return cls(
             prompts=tuple(len(request.token_ids) for request in requests),
             generations=tuple(request.request.params.max_tokens for request in requests),
+            adapters=tuple(sorted({request.request.lora for request in requests if request.request.lora is not None})),
         )
 
     @classmethod

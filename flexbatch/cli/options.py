@@ -37,6 +37,8 @@ class RunOptions:
     skip_invalid: bool = False
     overwrite: bool = False
     quiet: bool = False
+    lora: tuple[tuple[str, Path], ...] = ()
+    lora_dir: Path | None = None
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +53,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     files.add_argument("--overwrite", action="store_true", help="start anew, whatever output or .part is there")
     files.add_argument("--quiet", action="store_true", help="write nothing to stderr but errors")
     _add_generation(parser.add_argument_group("generation (a row's own values win)"))
+    _add_adapters(parser.add_argument_group("LoRA adapters (rows name them: lora, or body.model)"))
     _add_machine(parser.add_argument_group("machine"))
     _add_placement(parser.add_argument_group("placement (auto: the plan decides; SHARES: gpu,cpu,disk in percent)"))
 
@@ -85,6 +88,7 @@ def run_options(values: argparse.Namespace) -> RunOptions:
         overlap=not values.no_overlap,
         rates=dict(values.throttle),
         dtype=values.dtype,
+        adapter_memory=values.adapter_memory,
     )
     return RunOptions(
         model=values.model,
@@ -100,6 +104,8 @@ def run_options(values: argparse.Namespace) -> RunOptions:
         skip_invalid=values.skip_invalid,
         overwrite=values.overwrite,
         quiet=values.quiet,
+        lora=tuple(values.lora),
+        lora_dir=_folder("--lora-dir", values.lora_dir),
     )
 
 
@@ -114,6 +120,19 @@ def _add_generation(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-sequence token")
     group.add_argument("--chat", action="store_true", help="put plain text prompts into the chat template, too")
     group.add_argument("--chat-template", metavar="FILE", type=Path, help="a Jinja template instead of the model's")
+
+
+def _add_adapters(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--lora", metavar="NAME=DIR", action="append", default=[], type=_adapter, help="a PEFT folder; repeatable"
+    )
+    group.add_argument("--lora-dir", metavar="DIR", type=Path, help="each sub-folder is an adapter, named after it")
+    group.add_argument(
+        "--adapter-memory",
+        type=_size("--adapter-memory"),
+        metavar="SIZE",
+        help="of RAM, for adapters; more are read from disk when needed (default: what the plan leaves)",
+    )
 
 
 def _add_machine(group: argparse._ArgumentGroup) -> None:
@@ -147,6 +166,13 @@ def _add_placement(group: argparse._ArgumentGroup) -> None:
         type=_rate,
         help="slow h2d or d2h (of sim), disk_read or disk_write down to SIZE bytes a second; repeatable",
     )
+
+
+def _adapter(text: str) -> tuple[str, Path]:
+    name, equals, folder = text.partition("=")
+    if not (name and equals and folder):
+        raise UsageError(f"--lora {text}: give NAME=DIR, such as french=adapters/french")
+    return name, Path(folder)
 
 
 def _rate(text: str) -> tuple[Resource, int]:
