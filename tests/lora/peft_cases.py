@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 import warnings
@@ -58,12 +59,13 @@ def configs(family: str, rng: random.Random) -> dict[str, dict[str, Any]]:
 def make_adapters(model_path: Path, folder: Path, settings: Mapping[str, dict[str, Any]], seed: int) -> dict[str, Path]:
     """Write an adapter with random factors for each of ``settings``, every other one as ``.bin``."""
     generator = torch.Generator().manual_seed(seed)
+    base = load_oracle(model_path)
     made: dict[str, Path] = {}
     for number, (name, values) in enumerate(settings.items()):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             config = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **values)
-            model = get_peft_model(load_oracle(model_path), config)
+            model = get_peft_model(copy.deepcopy(base), config)
             with torch.no_grad():
                 for module in cast(Any, model).modules():
                     if hasattr(module, "lora_A") and "default" in module.lora_A:

@@ -53,7 +53,7 @@ def test_the_smallest_adapter(model: Path, tmp_path: Path) -> None:
     assert adapter.elements == 320
 
 
-REFUSED = {
+REFUSED: dict[str, Any] = {
     "use_dora": True,
     "bias": "lora_only",
     "modules_to_save": ["lm_head"],
@@ -88,7 +88,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("field", REFUSED)
 def test_a_field_that_is_not_supported_is_named(field: str, model: Path, tmp_path: Path) -> None:
-    folder = write(tmp_path / "a", **{field: REFUSED[field]})
+    folder = write(tmp_path / "a", None, **{field: REFUSED[field]})
     with pytest.raises(AdapterError, match=field) as caught:
         reader_of(model).open("a", folder)
     assert not isinstance(caught.value, UnreadableAdapterError)

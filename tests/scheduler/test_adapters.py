@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexbatch.errors import InternalError
+from flexbatch.options import Schedule
 from flexbatch.requests import Request, TokenizedRequest
 from flexbatch.sampling import SamplingParams
 from flexbatch.scheduler.adapters import AdapterCache, AdapterSize
@@ -188,14 +189,14 @@ def drain(scheduler: Scheduler, sequences: list[Sequence]) -> list[list[str | No
 
 @pytest.mark.parametrize("schedule", ["continuous", "block"])
 @pytest.mark.parametrize("seed", range(12))
-def test_every_row_ends_in_any_pool(seed: int, schedule: str) -> None:
+def test_every_row_ends_in_any_pool(seed: int, schedule: Schedule) -> None:
     rng = random.Random(seed)
     pages = rng.randint(14, 40)
     pools = {tier: PageAllocator(pages) for tier in rng.choice([("gpu",), ("gpu", "cpu"), ("cpu",)])}
     own = pools.get("gpu") or PageAllocator(12)
     sizes = {name: AdapterSize(rng.randint(1, 10), rng.randint(1, 6)) for name in NAMES}
     cache = AdapterCache(sizes, rng.randint(10, 40), own)
-    plan = replace(small_plan(), schedule=schedule, kv_pages=dict.fromkeys(pools, pages))
+    plan = small_plan(schedule=schedule, kv_pages=dict.fromkeys(pools, pages))
     scheduler = Scheduler(plan, pools, adapters=cache, expected_fraction=rng.choice([0.0, 1.0]))
     rows = [row(i, rng.randint(1, 14), rng.randint(1, 14), rng.choice([*NAMES, None])) for i in range(40)]
     scheduler.add(rows)
