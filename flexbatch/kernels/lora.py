@@ -22,24 +22,34 @@ from torch.nn import functional
 BACKENDS: dict[str, str] = {"cuda": "flexbatch.kernels.lora_triton"}
 """Device type -> the module with its kernels, imported when first used (see ``LoraBackend``)."""
 
+_RUNS = 8  # of rows, up to which each is added on its own: adding to scattered rows is many times slower
 _FEW = 8  # rows of one adapter from which on products of their own are faster than the sparse ones of all adapters
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
-Rows = slice | Tensor
 
 
 @dataclass(slots=True)
 class RowGroups:
-    """The rows of a micro-batch by adapter. ``many``: (adapter, its rows) where it has more than a few of them.
+    """The rows of a micro-batch that have an adapter, those of one adapter side by side. Adapters are numbers from 0.
 
-    ``few``: the rows of all other adapters, and ``owners`` the adapter of each. Adapters are numbers from 0.
+    ``order``: the rows in that order, first those of ``many``: (adapter, its first and last place in the order, the
+    latter not included), where an adapter has more than a few; then, in their own order, the few rows of all others,
+    ``owners`` being the adapter of each. ``runs``: (row, place in ``back``, rows) of unbroken runs of rows, where
+    ``back`` are the places of rows in the order; both only serve to write results fast.
     """
 
-    many: list[tuple[int, Rows]]
-    few: Rows
+    order: Tensor
+    many: list[tuple[int, int, int]]
     owners: Ints
+    runs: list[tuple[int, int, int]]
+    back: Tensor | None
     _patterns: dict[bytes, _Pattern] = field(default_factory=dict)
+
+    @property
+    def first_few(self) -> int:
+        """Where in the order the few rows begin."""
+        return len(self.order) - len(self.owners)
 
     def pattern(self, ranks: Ints) -> _Pattern:
         """The places of the few rows' inner numbers, for adapters of these ``ranks`` [adapters]; found once."""
@@ -48,6 +58,22 @@ class RowGroups:
         if key not in self._patterns:
             self._patterns[key] = _Pattern.of(own, self.owners)
         return self._patterns[key]
+
+    def take(self, x: Tensor) -> Tensor:
+        """X [T, in] -> its rows in the order [R, in]; a view where they lie like that."""
+        if self.back is None and len(self.runs) == 1:
+            row, _, count = self.runs[0]
+            return x[row : row + count]
+        return x.index_select(0, self.order.to(x.device))
+
+    def give(self, y: Tensor, delta: Tensor) -> None:
+        """Add ``delta`` [R, out], in the order, to the rows of y [T, out]."""
+        if len(self.runs) > _RUNS:
+            y.index_add_(0, self.order.to(y.device), delta)
+            return
+        sorted_ = delta if self.back is None else delta.index_select(0, self.back.to(y.device))
+        for row, place, count in self.runs:
+            y[row : row + count].add_(sorted_[place : place + count])
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,21 +139,28 @@ class LoraBackend(Protocol):
 
 def group_rows(spans: Sequence[tuple[int, int, int]], *, few: int = _FEW) -> RowGroups:
     """Group rows by adapter. ``spans``: (first row, rows, adapter) in the order of rows, those without one left out."""
-    by_adapter: dict[int, list[tuple[int, int]]] = {}
-    for first, count, adapter in spans:
-        by_adapter.setdefault(adapter, []).append((first, count))
-    many: list[tuple[int, Rows]] = []
-    rows: list[int] = []
-    owners: list[int] = []
-    for adapter, own in by_adapter.items():
-        if sum(count for _, count in own) >= few:
-            many.append((adapter, _rows([row for first, count in own for row in range(first, first + count)])))
-    busy = {adapter for adapter, _ in many}
-    for first, count, adapter in spans:
-        if adapter not in busy:
-            rows += range(first, first + count)
-            owners += [adapter] * count
-    return RowGroups(many, _rows(rows), np.array(owners, dtype=np.int64))
+    counts: dict[int, int] = {}
+    for _, count, adapter in spans:
+        counts[adapter] = counts.get(adapter, 0) + count
+    rows = np.concatenate([np.arange(first, first + count) for first, count, _ in spans] or [np.zeros(0, np.int64)])
+    owners = np.repeat([adapter for _, _, adapter in spans], [count for _, count, _ in spans]).astype(np.int64)
+    large = [adapter for adapter, count in counts.items() if count >= few]
+    rank = {adapter: place for place, adapter in enumerate(large)}
+    keys = np.array([rank.get(adapter, len(large)) for adapter in owners.tolist()], dtype=np.int64)
+    places = np.argsort(keys, kind="stable")
+    many: list[tuple[int, int, int]] = []
+    place = 0
+    for adapter in large:
+        many.append((adapter, place, place + counts[adapter]))
+        place += counts[adapter]
+    breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+    starts = [0, *breaks.tolist()] if len(rows) else []
+    runs = [
+        (int(rows[start]), start, stop - start) for start, stop in zip(starts, [*starts[1:], len(rows)], strict=False)
+    ]
+    in_place = bool((places == np.arange(len(places))).all())
+    back = None if in_place else torch.from_numpy(np.argsort(places, kind="stable"))
+    return RowGroups(torch.from_numpy(rows[places]), many, owners[places][place:], runs, back)
 
 
 def add_flat(y: Tensor, x: Tensor, groups: RowGroups, factors: FlatFactors) -> None:
@@ -136,18 +169,23 @@ def add_flat(y: Tensor, x: Tensor, groups: RowGroups, factors: FlatFactors) -> N
     Both are fp32 on the CPU. Factors are read where they are: an adapter's few rows cost one pass over its factors,
     all adapters together two calls; where it has many rows, two products of its own.
     """
-    for adapter, rows in groups.many:
+    if not len(groups.order):
+        return
+    own = groups.take(x)
+    delta = torch.empty(own.shape[0], y.shape[1])
+    for adapter, first, stop in groups.many:
         rank = int(factors.ranks[adapter])
-        if rank:
-            a = factors.a[int(factors.a_rows[adapter]) :][:rank]
-            b = factors.b[int(factors.b_rows[adapter]) :][:rank]
-            _add_dense(y, x, rows, a, b, float(factors.scales[adapter]))
-    if not len(groups.owners):
-        return
+        a = factors.a[int(factors.a_rows[adapter]) :][:rank]
+        b = factors.b[int(factors.b_rows[adapter]) :][:rank]
+        torch.mm((own[first:stop] @ a.t()).mul_(float(factors.scales[adapter])), b, out=delta[first:stop])
+    if len(groups.owners):
+        delta[groups.first_few :] = _few(own[groups.first_few :], groups, factors)
+    groups.give(y, delta)
+
+
+def _few(own: Tensor, groups: RowGroups, factors: FlatFactors) -> Tensor:
+    """What the adapters of the few rows make of them, [R, out]."""
     pattern = groups.pattern(factors.ranks)
-    if not len(pattern.steps):
-        return
-    own = _taken(x, groups.few)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # sparse tensors announce that they are new
         wanted = torch.sparse_csr_tensor(
@@ -160,7 +198,7 @@ def add_flat(y: Tensor, x: Tensor, groups: RowGroups, factors: FlatFactors) -> N
     # only the wanted products of x and a, then sums of the rows of b that they weigh
     inner = torch.sparse.sampled_addmm(wanted, own, factors.a.t(), beta=0.0).values()
     inner.mul_(torch.from_numpy(factors.scales[pattern.owners]))
-    delta = functional.embedding_bag(
+    return functional.embedding_bag(
         pattern.columns(factors.b_rows),
         factors.b,
         pattern.starts,
@@ -168,7 +206,6 @@ def add_flat(y: Tensor, x: Tensor, groups: RowGroups, factors: FlatFactors) -> N
         per_sample_weights=inner,
         include_last_offset=True,
     )
-    _add_to(y, groups.few, delta)
 
 
 def add_paged(y: Tensor, x: Tensor, groups: RowGroups, factors: PagedFactors) -> None:
@@ -181,19 +218,20 @@ def add_paged(y: Tensor, x: Tensor, groups: RowGroups, factors: PagedFactors) ->
 
 def add_paged_reference(y: Tensor, x: Tensor, groups: RowGroups, factors: PagedFactors) -> None:
     """What kernels over pages have to give: an adapter's numbers are laid end to end, then multiplied."""
-    for adapter, rows in (*groups.many, *_singles(groups)):
+    if not len(groups.order):
+        return
+    own = groups.take(x)
+    delta = torch.zeros(own.shape[0], y.shape[1], dtype=y.dtype, device=y.device)
+    few = groups.first_few
+    singles = [(int(adapter), few + place, few + place + 1) for place, adapter in enumerate(groups.owners)]
+    for adapter, first, stop in (*groups.many, *singles):
         rank = int(factors.ranks[adapter])
-        if not rank:
-            continue
-        laid = _laid(factors, adapter).to(x.dtype)
-        a = laid[int(factors.a_starts[adapter]) :][: rank * x.shape[1]].view(rank, -1)
-        b = laid[int(factors.b_starts[adapter]) :][: rank * y.shape[1]].view(rank, -1)
-        _add_dense(y, x, rows, a, b, float(factors.scales[adapter]))
-
-
-def _singles(groups: RowGroups) -> list[tuple[int, Rows]]:
-    numbers = np.arange(groups.few.start, groups.few.stop) if isinstance(groups.few, slice) else groups.few.numpy()
-    return [(int(adapter), torch.from_numpy(numbers[groups.owners == adapter])) for adapter in np.unique(groups.owners)]
+        if rank:
+            laid = _laid(factors, adapter).to(x.dtype)
+            a = laid[int(factors.a_starts[adapter]) :][: rank * x.shape[1]].view(rank, -1)
+            b = laid[int(factors.b_starts[adapter]) :][: rank * y.shape[1]].view(rank, -1)
+            delta[first:stop] = (own[first:stop] @ a.t()).mul_(float(factors.scales[adapter])) @ b
+    groups.give(y, delta)
 
 
 def _laid(factors: PagedFactors, adapter: int) -> Tensor:
@@ -201,32 +239,6 @@ def _laid(factors: PagedFactors, adapter: int) -> Tensor:
     if pages == list(range(pages[0], pages[0] + len(pages))):
         return factors.pool[pages[0] : pages[0] + len(pages)].view(-1)
     return factors.pool[factors.tables[adapter].long()].view(-1)
-
-
-def _add_dense(y: Tensor, x: Tensor, rows: Rows, a: Tensor, b: Tensor, scale: float) -> None:
-    inner = _taken(x, rows) @ a.t()
-    if isinstance(rows, slice):
-        y[rows].addmm_(inner, b, alpha=scale)
-    else:
-        _add_to(y, rows, inner.mul_(scale) @ b)
-
-
-def _add_to(y: Tensor, rows: Rows, delta: Tensor) -> None:
-    if isinstance(rows, slice):
-        y[rows].add_(delta)
-    else:
-        y.index_add_(0, rows.to(y.device), delta)
-
-
-def _taken(x: Tensor, rows: Rows) -> Tensor:
-    return x[rows] if isinstance(rows, slice) else x.index_select(0, rows.to(x.device))
-
-
-def _rows(numbers: list[int]) -> Rows:
-    """A run of rows as a slice, which reads and writes in place."""
-    if numbers and numbers == list(range(numbers[0], numbers[0] + len(numbers))):
-        return slice(numbers[0], numbers[0] + len(numbers))
-    return torch.tensor(numbers, dtype=torch.int64)
 
 
 @functools.cache

@@ -26,7 +26,11 @@ def add_paged(y: Tensor, x: Tensor, groups: RowGroups, factors: PagedFactors) ->
 
     Scratch memory: 4 bytes an inner number (a row's rank), and the records.
     """
-    order, owners = _order(groups)
+    many = [np.full(stop - first, adapter) for adapter, first, stop in groups.many]
+    sort = np.argsort(groups.owners, kind="stable")
+    owners = np.concatenate([*many, groups.owners[sort]])
+    order = groups.order.numpy().copy()
+    order[groups.first_few :] = order[groups.first_few :][sort]
     tile = 16 if len(owners) < 16 * len(np.unique(owners)) else 32
     records, scales, numbers = _records(owners, factors, tile)
     if not len(records):
@@ -71,20 +75,6 @@ def add_paged(y: Tensor, x: Tensor, groups: RowGroups, factors: PagedFactors) ->
         WIDTH=_WIDTH,
         **constants,
     )
-
-
-def _order(groups: RowGroups) -> tuple[np.ndarray, np.ndarray]:
-    """All rows that have an adapter, those of one side by side, and the adapter of each."""
-    parts: list[np.ndarray] = []
-    owners: list[np.ndarray] = []
-    for adapter, rows in groups.many:
-        numbers = np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows.numpy()
-        parts.append(numbers)
-        owners.append(np.full(len(numbers), adapter))
-    few = groups.few
-    numbers = np.arange(few.start, few.stop) if isinstance(few, slice) else few.numpy()
-    sort = np.argsort(groups.owners, kind="stable")
-    return np.concatenate([*parts, numbers[sort]]), np.concatenate([*owners, groups.owners[sort]])
 
 
 def _records(owners: np.ndarray, factors: PagedFactors, tile: int) -> tuple[np.ndarray, np.ndarray, int]:
