@@ -133,7 +133,7 @@ def run_peft(options: argparse.Namespace, count: int) -> dict[str, Any]:
         return time.perf_counter() - started
 
     trial = range(min(options.trial, options.rows))
-    sizes = [size for size in options.sizes if size <= len(trial)]
+    sizes = [size for size in options.sizes if size <= len(trial)] or [len(trial)]
     by_size = {size: generate(trial, size) for size in sizes} if len(sizes) > 1 else {}
     best = min(by_size, key=lambda size: by_size[size]) if by_size else sizes[0]
     rows = range(min(options.peft_rows, options.rows))

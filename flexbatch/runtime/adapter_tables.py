@@ -131,7 +131,7 @@ class PagedTable:
         self._layers = layers
         self._layouts = layouts
         self._edge = edge
-        self._tables = _table(pages, layers[0].device)
+        self._tables: Tensor | None = None  # made by the first product, in the lane that reads it
 
     def add(self, group: int, linear: str, x: Tensor, y: Tensor) -> None:
         """Add what the adapters make of x [T, in] to y [T, out], in place."""
@@ -161,6 +161,8 @@ class PagedTable:
     def _where(self, group: int) -> tuple[Tensor, Tensor]:
         """The pool and the page tables of a group."""
         if 0 < group < self._index.groups - 1:
+            if self._tables is None:
+                self._tables = _table(self._pages, self._layers[0].device)
             return self._layers[group - 1], self._tables
         images = [
             self._edge(layout, group, pages) if layout.size(group) else self._layers[0][:0].flatten()
