@@ -28,10 +28,11 @@ class Mean:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Prompt and generation lengths of every row, in tokens."""
+    """Prompt and generation lengths of every row, in tokens; ``adapters``: the different ones that rows name."""
 
     prompts: tuple[int, ...]
     generations: tuple[int, ...]
+    adapters: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, requests: Sequence[TokenizedRequest]) -> Workload:
@@ -39,6 +40,7 @@ class Workload:
         return cls(
             prompts=tuple(len(request.token_ids) for request in requests),
             generations=tuple(request.request.params.max_tokens for request in requests),
+            adapters=tuple(sorted({request.request.lora for request in requests if request.request.lora is not None})),
         )
 
     @classmethod
@@ -85,7 +87,8 @@ class Workload:
             return None
         most = kinds[len(kinds) // 2 - 1]
         kept = [place for place, length in enumerate(lengths) if length <= most]
-        return Workload(tuple(self.prompts[at] for at in kept), tuple(self.generations[at] for at in kept))
+        prompts = tuple(self.prompts[at] for at in kept)
+        return Workload(prompts, tuple(self.generations[at] for at in kept), self.adapters)
 
     def mean(self, max_positions: int, page_tokens: int, windows: Mapping[int | None, int], *, block: bool) -> Mean:
         """What one sequence in flight asks of a sweep, on average over the time that the rows are in flight.

@@ -40,6 +40,8 @@ class RunOptions:
     skip_invalid: bool = False
     overwrite: bool = False
     quiet: bool = False
+    lora: tuple[tuple[str, Path], ...] = ()
+    lora_dir: Path | None = None
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -57,6 +59,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     files.add_argument("--quiet", action="store_true", help="write nothing to stderr but errors")
     _add_generation(parser.add_argument_group("generation (a row's own values win)"))
     parser.add_argument("--plan", metavar="FILE", type=Path, help="place as a plan saved by flexbatch plan --json says")
+    _add_adapters(parser.add_argument_group("LoRA adapters (rows name them: lora, or body.model)"))
     add_engine_options(parser)
 
 
@@ -90,6 +93,8 @@ def run_options(values: argparse.Namespace) -> RunOptions:
         skip_invalid=values.skip_invalid,
         overwrite=values.overwrite,
         quiet=values.quiet,
+        lora=tuple(values.lora),
+        lora_dir=_folder("--lora-dir", values.lora_dir),
     )
 
 
@@ -119,6 +124,7 @@ def engine_options(values: argparse.Namespace) -> EngineOptions:
         overlap=not values.no_overlap,
         rates=dict(values.throttle),
         dtype=values.dtype,
+        adapter_memory=getattr(values, "adapter_memory", None),
     )
 
 
@@ -133,6 +139,19 @@ def _add_generation(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-sequence token")
     group.add_argument("--chat", action="store_true", help="put plain text prompts into the chat template, too")
     group.add_argument("--chat-template", metavar="FILE", type=Path, help="a Jinja template instead of the model's")
+
+
+def _add_adapters(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--lora", metavar="NAME=DIR", action="append", default=[], type=_adapter, help="a PEFT folder; repeatable"
+    )
+    group.add_argument("--lora-dir", metavar="DIR", type=Path, help="each sub-folder is an adapter, named after it")
+    group.add_argument(
+        "--adapter-memory",
+        type=_size("--adapter-memory"),
+        metavar="SIZE",
+        help="of RAM, for adapters; more are read from disk when needed (default: what the plan leaves)",
+    )
 
 
 def add_device_options(group: argparse._ArgumentGroup) -> None:
@@ -179,6 +198,13 @@ def _add_placement(group: argparse._ArgumentGroup) -> None:
     schedules = ("continuous", "block")
     group.add_argument("--schedule", choices=schedules, default="continuous", help="block: FlexGen's fixed block")
     group.add_argument("--no-overlap", action="store_true", help="run the steps of a sweep one after the other")
+
+
+def _adapter(text: str) -> tuple[str, Path]:
+    name, equals, folder = text.partition("=")
+    if not (name and equals and folder):
+        raise UsageError(f"--lora {text}: give NAME=DIR, such as french=adapters/french")
+    return name, Path(folder)
 
 
 def _rate(text: str) -> tuple[Resource, int]:

@@ -76,8 +76,12 @@ class Lowerer:
     def __init__(self, routes: Routes) -> None:
         self._routes = routes
         self._next_id = 0
+        self._oldest = 0  # the first id of the sweep before: when a sweep begins, what is older is long done
+        self._first = 0  # of this sweep
         self._host = _Ring(routes.reads, routes.host_slots)
         self._gpu = _Ring(routes.uploads, routes.gpu_slots)
+        self._adapters: dict[int, tuple[int, ...]] = {}  # group -> what brings this sweep's adapters for it
+        self._fetched: tuple[int, ...] = ()  # the last sweep's read of adapters for later ones
         self._stored: dict[int, tuple[int, ...]] = {}  # layer group -> the last sweep's writes of KV pages
         self._lanes: deque[tuple[int, tuple[int, ...]]] = deque((lane, ()) for lane in range(routes.lanes))
         self._steps: list[Step] = []
@@ -92,7 +96,9 @@ class Lowerer:
         another sweep follows, whose first weights may be fetched already.
         """
         self._steps, self._until = [], set()
+        self._oldest, self._first = self._first, self._next_id
         flight = _Flight(self, sweep, self._routes)
+        self._move_adapters(sweep)
         self._fill(wrap=True)
         flight.embed()
         self._release(0, flight.newest)
@@ -116,7 +122,23 @@ class Lowerer:
         flight.head()
         self._release(self._routes.num_layers + 1, flight.newest)
         self._fill(wrap=more)
+        if sweep.adapters.fetches:  # last, for this sweep does not wait for them
+            self._fetched = (self.add("adapter_read", "disk_read", 0, -1, 0, (), slot=1, prefetch=True),)
         return Lowered(self._steps, frozenset(self._until))
+
+    def _move_adapters(self, sweep: Sweep) -> None:
+        """Adapters from disk to RAM, all at once; on a GPU from there to their pages, group by group."""
+        moves = sweep.adapters
+        self._until.update(self._fetched)
+        arrived, self._fetched = self._fetched, ()
+        if moves.reads:
+            arrived = (*arrived, self.add("adapter_read", "disk_read", 0, -1, 0, ()))
+        self._adapters = {}
+        for group in range(self._routes.num_layers + 2):
+            if self._routes.compute == "gpu" and moves.uploads:
+                self._adapters[group] = (self.add("adapter_up", "h2d", group, -1, 0, arrived),)
+            elif arrived:
+                self._adapters[group] = arrived
 
     def _close(self, flight: _Flight, group: int, batch: int, *, more: bool) -> None:
         """Finish a micro-batch's layer; after the last one the layer's weights make room for others."""
@@ -142,7 +164,7 @@ class Lowerer:
         prefetch: bool = False,
     ) -> int:
         """Append a Step and return its id."""
-        wait = tuple(sorted({step for step in after if step is not None}))
+        wait = tuple(sorted({step for step in after if step is not None and step >= self._oldest}))
         step = Step(self._next_id, kind, resource, group, batch, tokens, wait, slot)
         self._next_id += 1
         self._steps.append(step)
@@ -151,9 +173,10 @@ class Lowerer:
         return step.id
 
     def weights(self, group: int) -> list[int]:
-        """The ids after which the weights of ``group`` can be used."""
+        """The ids after which the weights of ``group`` can be used, and the adapters' parts of it."""
         ring = self._gpu if self._routes.compute == "gpu" else self._host
-        return [ring.ready[group][0]] if group in ring.ready else []
+        ready = [ring.ready[group][0]] if group in ring.ready else []
+        return [*ready, *self._adapters.get(group, ())]
 
     def _issued(self, group: int) -> bool:
         """Whether the weights of ``group`` are in a slot or on their way to one, or need none."""

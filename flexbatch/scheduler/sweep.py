@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
+from flexbatch.scheduler.adapters import NO_MOVES, AdapterMoves
 from flexbatch.scheduler.sequence import Sequence
 
 
@@ -56,10 +57,11 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """One pass over the layers."""
+    """One pass over the layers. ``adapters``: which LoRA adapters move before or during it."""
 
     number: int
     micro_batches: tuple[MicroBatch, ...]
+    adapters: AdapterMoves = NO_MOVES
 
     @property
     def slices(self) -> Iterable[Slice]:
