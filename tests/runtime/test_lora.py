@@ -130,11 +130,11 @@ def test_a_pool_so_small_that_kv_and_adapters_push_each_other_out(
 ) -> None:
     case = case_of("qwen2")
     path, adapters, rows, names = case.path, case.adapters, case.rows, case.names
-    monkeypatch.setattr("flexbatch.policy.machine.PAGE_TOKENS", 4)
+    monkeypatch.setattr("flexbatch.policy.memory.PAGE_TOKENS", 4)
     kept = [place for place, name in enumerate(names) if name not in ("large", "stable")]
     few, own = [rows[place] for place in kept], [names[place] for place in kept]
     pages = {"gpu": 26} if device == "sim" else {"cpu": 26}
-    monkeypatch.setattr("flexbatch.policy.machine._kv_pages", lambda *_: pages)
+    monkeypatch.setattr("flexbatch.policy.candidates.pages_of", lambda *_: pages)
     monkeypatch.setattr("flexbatch.runtime.adapters._POOL_SHARE", 0.0)
     monkeypatch.setattr(engine_module, "Scheduler", functools.partial(Scheduler, expected_fraction=0.0))
     results, stats = run(path, adapters, requests_with(few, own), device=device)
