@@ -5,23 +5,23 @@ Knows nothing of tiers or models. fp16 and bf16 both widen to fp32 without round
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 TILE_BYTES = 4 << 20  # a widened tile of this size is still in cache, and large enough that two cores share it well
 
 
-def widened_product(columns: Tensor, weight: Tensor, out: Tensor) -> None:
-    """Write ``weight @ columns`` to ``out``: weight [rows, in] kept in a narrower type than columns [in, T].
+def widened_tiles(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the rows of ``weight`` [out, in] in ``dtype``, a tile at a time: which rows, and the tile [rows, in].
 
-    Tiles of rows are widened one after the other into one scratch buffer that stays in cache, so memory beyond the
-    result is about ``TILE_BYTES`` and main memory moves the narrow bytes only.
+    A tile is gone when the next one comes: all share one scratch buffer that stays in cache, so memory beyond it is
+    ``TILE_BYTES`` and main memory moves the narrow bytes only.
     """
     out_features, in_features = weight.shape
-    rows = max(1, min(out_features, TILE_BYTES // (in_features * columns.element_size())))
-    scratch = torch.empty(rows, in_features, dtype=columns.dtype, device=columns.device)
+    rows = max(1, min(out_features, TILE_BYTES // (in_features * dtype.itemsize)))
+    scratch = torch.empty(rows, in_features, dtype=dtype, device=weight.device)
     for start in range(0, out_features, rows):
         stop = min(start + rows, out_features)
-        tile = scratch[: stop - start]
-        tile.copy_(weight[start:stop])
-        torch.mm(tile, columns, out=out[start:stop])
+        yield slice(start, stop), scratch[: stop - start].copy_(weight[start:stop])

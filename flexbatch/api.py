@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 
 from flexbatch.checkpoint.locate import locate
 from flexbatch.errors import InputError, UsageError
+from flexbatch.lora.folders import adapter_folders
 from flexbatch.options import DType, EngineOptions, Resource, Schedule
 from flexbatch.policy.workload import Workload
 from flexbatch.requests import Request, Result, TokenizedRequest
@@ -43,9 +44,9 @@ class LLM:
     """A model, ready to run prompts: ``LLM("demo").generate(["Once upon a time"])``.
 
     ``model`` is what the command line's ``--model`` takes; every other argument is the option of the same name.
-    ``rates`` are the command line's ``--throttle``, bytes/s by resource. Sizes are bytes or text such as ``"16GiB"``;
-    shares are ``Shares`` or text such as ``"20,80,0"``. The weights are loaded at the first call and kept until
-    ``close``. Raises FlexbatchError subclasses, one clear line each.
+    ``lora`` maps names to PEFT folders; ``rates`` are the command line's ``--throttle``, bytes/s by resource. Sizes are
+    bytes or text such as ``"16GiB"``; shares are ``Shares`` or text such as ``"20,80,0"``. The weights are loaded at
+    the first call and kept until ``close``. Raises FlexbatchError subclasses, one clear line each.
     """
 
     def __init__(
@@ -73,6 +74,9 @@ class LLM:
         chat: bool = False,
         chat_template: str | None = None,
         progress: Callable[[str, int, int], None] | None = None,
+        lora: Mapping[str, str | Path] | None = None,
+        lora_dir: str | Path | None = None,
+        adapter_memory: int | str | None = None,
     ) -> None:
         self._folder = locate(str(model), dummy=dummy_weights)
         self._options = EngineOptions(
@@ -93,7 +97,10 @@ class LLM:
             overlap=overlap,
             dtype=dtype,
             rates=rates or {},
+            adapter_memory=_size(adapter_memory),
         )
+        named = [(name, Path(path)) for name, path in (lora or {}).items()]
+        self._adapters = adapter_folders(named, None if lora_dir is None else Path(lora_dir))
         self._codec = TextCodec.load_if_present(self._folder.path)
         self._encoder = PromptEncoder(self._codec, self._folder.shape, chat=chat, template=chat_template)
         self._progress = progress
@@ -123,12 +130,17 @@ class LLM:
         """Generate for every prompt and return the results in the prompts' order.
 
         A prompt is text, token ids, or a chat (a list of messages); one alone may be given without a list around it.
-        ``params`` and ``lora`` are for all prompts, or one each. A row that fails alone has ``error`` set. Raises
-        InputError for a prompt that cannot be used, naming its place in the list.
+        ``params`` and ``lora`` (an adapter's name; None: the base model) are for all prompts, or one each. A row that
+        fails alone has ``error`` set. Raises InputError for a prompt that cannot be used, naming its place in the list.
         """
         rows = _prompt_list(prompts)
         each = _for_each(params if params is not None else SamplingParams(), len(rows), "params")
         adapters = _for_each(lora, len(rows), "lora")
+        unknown = next((name for name in adapters if name is not None and name not in self._adapters), None)
+        if unknown is not None:
+            raise UsageError(
+                f"lora {unknown!r}: no adapter of that name: give it to LLM as lora={{{unknown!r}: folder}}"
+            )
         requests = [
             _request(index, prompt, settings, adapter)
             for index, (prompt, settings, adapter) in enumerate(zip(rows, each, adapters, strict=True))
@@ -171,7 +183,9 @@ class LLM:
         if not requests:
             return []
         if self._engine is None:
-            self._engine = Engine(self._folder, self._codec, self._options, Workload.of(requests), self._progress)
+            self._engine = Engine(
+                self._folder, self._codec, self._options, Workload.of(requests), self._progress, adapters=self._adapters
+            )
         results = {result.id: result for result in self._engine.run(requests)}
         return [results[request.request.id] for request in requests]
 

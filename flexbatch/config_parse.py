@@ -12,6 +12,7 @@ from typing import Any
 
 from flexbatch.config_families import ARCHITECTURES, Architecture, Reading
 from flexbatch.config_fields import read_fields, refuse
+from flexbatch.config_quantization import read_quantization
 from flexbatch.config_rope import ROPE_FIELDS
 from flexbatch.errors import ModelError
 from flexbatch.shapes import ModelShape
@@ -162,13 +163,7 @@ def _architecture_name(config: Mapping[str, Any]) -> str:
 
 
 def _check_fixed(name: str, config: Mapping[str, Any]) -> None:
-    quantization = config.get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise ModelError(
-            f"config.json: {name}: quantization_config: weights quantized with {method!r} are not supported; "
-            "use the original 16-bit checkpoint"
-        )
+    read_quantization(name, config)
     for field, allowed in _FIXED.items():
         if field in config and config[field] not in allowed:
             raise refuse(name, field, config[field], f"only {allowed[0]!r} is supported")

@@ -39,3 +39,4 @@ class EngineOptions:
     overlap: bool = True
     dtype: DType = "auto"
     rates: Mapping[Resource, float] = field(default_factory=dict)
+    adapter_memory: int | None = None

@@ -6,10 +6,20 @@ The one source of such numbers: plans, budgets and the run's own accounting all 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from flexbatch.shapes import ModelShape
 
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+GROUP = 64
+"""Elements that share a scale and a minimum in 4 bits."""
+PAGE_TOKENS = 64  # a run of 64 keys is long enough for a matrix product and short enough to waste little
+_SCALES = 4  # bytes of a group's 16-bit scale and minimum
+
+
+def packed_bytes(elements: int) -> int:
+    """Bytes of ``elements`` in 4 bits, one row of them: two codes a byte, and each group's scale and minimum."""
+    return -(-elements // 2) + _SCALES * -(-elements // GROUP)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +66,29 @@ class ModelSize:
         shape = self.shape
         return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * DTYPE_BYTES[dtype]
 
+    def kv_row_bytes(self, dtype: str, bits: int = 16) -> int:
+        """Keys and values of one token in one layer; ``bits`` 4 packs each head's, 16 keeps them in ``dtype``."""
+        shape = self.shape
+        head = packed_bytes(shape.head_dim) if bits == 4 else shape.head_dim * DTYPE_BYTES[dtype]
+        return 2 * shape.num_kv_heads * head
+
+    @property
+    def heads_width(self) -> int:
+        """Elements of one token's queries, which is also what attention returns."""
+        return self.shape.num_heads * self.shape.head_dim
+
+    @property
+    def qkv_width(self) -> int:
+        """Elements of one token's queries, keys and values."""
+        return self.heads_width + 2 * self.shape.num_kv_heads * self.shape.head_dim
+
+    def matrices(self, kind: Literal["embed", "project", "finish", "head"], group: int) -> int:
+        """Elements of the matrices that one such Step of ``group`` multiplies by."""
+        if kind == "project":
+            return self.shape.hidden_size * self.qkv_width
+        found = self.groups[group].matrices + (self.groups[group].shared if kind == "head" else 0)
+        return found - self.shape.hidden_size * self.qkv_width if kind == "finish" else found
+
     def hidden_token_bytes(self, dtype: str) -> int:
         """The hidden state of one token between two layers."""
         return self.shape.hidden_size * DTYPE_BYTES[dtype]
@@ -89,7 +122,8 @@ class ModelSize:
 class UnitSize:
     """Weights that are placed as a whole. ``groups``: the visits of a sweep that need them.
 
-    ``nbytes`` as stored; ``edge``: embedding or head, not a layer's.
+    ``nbytes`` as stored; ``edge``: embedding or head, not a layer's; ``table``: the embedding group looks rows of it up
+    (the head may multiply by it besides).
     """
 
     key: str
@@ -97,3 +131,4 @@ class UnitSize:
     nbytes: int
     elements: int
     edge: bool
+    table: bool = False

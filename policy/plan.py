@@ -44,7 +44,9 @@ class Plan:
     ``prompt_tokens_per_sweep`` prompt tokens; a micro-batch has at most ``micro_batch_tokens`` tokens (continuous) or
     ``micro_batch_sequences`` sequences (block). ``logit_rows`` rows of logits exist at a time.
     ``staged_pages``: how many KV pages a micro-batch of that tier may bring along where they have to be moved to be
-    attended to. ``host_slots`` and ``gpu_slots`` groups of weights are on their way at a time.
+    attended to. ``gpu_attention``: what a GPU attends to of KV that rests below it: all prompts, and this share of the
+    decoding sequences (None: nothing, or everything if ``cpu_attention`` is 0). ``host_slots`` and ``gpu_slots`` groups
+    of weights are on their way at a time.
     """
 
     model: str
@@ -68,6 +70,7 @@ class Plan:
     micro_batch_sequences: int
     logit_rows: int
     staged_pages: Mapping[str, int] = field(default_factory=dict)
+    gpu_attention: float | None = None
     host_slots: int = 0
     gpu_slots: int = 0
     schedule: Schedule = "continuous"
@@ -104,6 +107,7 @@ class Plan:
             "weight_bits": self.weight_bits,
             "kv_bits": self.kv_bits,
             "micro_batch_tokens": self.micro_batch_tokens,
+            "micro_batch_sequences": self.micro_batch_sequences,
             "max_sequences": self.max_sequences,
             "schedule": self.schedule,
             "dtype": self.dtype,

@@ -12,7 +12,7 @@ from flexbatch.units import KIB, Shares
 
 HOST_SLOTS = 2
 GPU_SLOTS = 2
-_RANGE_SLACK = 3 * 136 * KIB  # what rounding to blocks and reading over small gaps may add to a unit's parts
+RANGE_SLACK = 3 * 136 * KIB  # what rounding to blocks and reading over small gaps may add to a unit's parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,24 +34,14 @@ class WeightPlacement:
         return Shares(gpu, cpu, max(0.0, 1 - gpu - cpu))
 
 
-def deal(units: Sequence[UnitSize], shares: Shares, *, compute: str, edges_first: bool = False) -> WeightPlacement:
+def deal(units: Sequence[UnitSize], shares: Shares, *, compute: str, edges: str | None = None) -> WeightPlacement:
     """Deal ``units`` out in ``shares``, evenly along the sweep: within one unit of them over the whole model.
 
-    ``edges_first``: the embedding and the head go to the upper tiers before anything else; a stream of them would
-    need the largest slots. ``compute``: the tier of the products.
+    ``edges``: the tier of the embedding and the head, if ``shares`` are those of the layers only. ``compute``: the
+    tier of the products.
     """
-    ordered = sorted(units, key=lambda unit: not unit.edge) if edges_first else list(units)
-    tiers: dict[str, str] = {}
-    if edges_first:
-        top = Shares(1, 0, 0) if shares.gpu else Shares(0, 1, 0) if shares.cpu else shares
-        spread = Spread(shares)
-        edge = Spread(top)
-        for unit in ordered:
-            tiers[unit.key] = edge.choose(unit.nbytes) if unit.edge else spread.choose(unit.nbytes)
-    else:
-        spread = Spread(shares)
-        for unit in ordered:
-            tiers[unit.key] = spread.choose(unit.nbytes)
+    spread = Spread(shares)
+    tiers = {unit.key: edges if unit.edge and edges is not None else spread.choose(unit.nbytes) for unit in units}
     rests: dict[str, int] = defaultdict(int)
     from_disk: dict[int, int] = defaultdict(int)
     moving: dict[int, int] = defaultdict(int)
@@ -60,12 +50,12 @@ def deal(units: Sequence[UnitSize], shares: Shares, *, compute: str, edges_first
         rests[tier] += unit.nbytes
         for group in unit.groups:
             # A table of embeddings is looked up in row by row; only as a head is it a product's operand.
-            if group == 0 and len(unit.groups) > 1:
+            if group == 0 and unit.table:
                 continue
             if tier == "disk":
-                from_disk[group] += unit.nbytes + _RANGE_SLACK
+                from_disk[group] += unit.nbytes + RANGE_SLACK
             if tier != compute:
-                moving[group] += unit.nbytes + _RANGE_SLACK
+                moving[group] += unit.nbytes + RANGE_SLACK
     return WeightPlacement(
         tiers=tiers,
         gpu=rests["gpu"],

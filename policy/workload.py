@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from flexbatch.policy.cost import Load, keys_of, pairs_of
 from flexbatch.requests import TokenizedRequest
 
 
 @dataclass(frozen=True, slots=True)
+class Mean:
+    """A job's steady state, for one sequence in flight and one sweep.
+
+    ``sweeps`` that a row is in flight; ``tokens`` it is given a sweep (1, unless rows only score); ``pages`` it holds;
+    ``decode`` and ``prompt``: what its decoding and its prompt ask of each layer.
+    """
+
+    rows: int
+    sweeps: float
+    tokens: float
+    pages: float
+    decode: Load
+    prompt: Load
+
+
+@dataclass(frozen=True, slots=True)
 class Workload:
-    """Prompt and generation lengths of every row, in tokens."""
+    """Prompt and generation lengths of every row, in tokens; ``adapters``: the different ones that rows name."""
 
     prompts: tuple[int, ...]
     generations: tuple[int, ...]
+    adapters: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, requests: Sequence[TokenizedRequest]) -> Workload:
@@ -21,6 +40,7 @@ class Workload:
         return cls(
             prompts=tuple(len(request.token_ids) for request in requests),
             generations=tuple(request.request.params.max_tokens for request in requests),
+            adapters=tuple(sorted({request.request.lora for request in requests if request.request.lora is not None})),
         )
 
     @classmethod
@@ -58,3 +78,59 @@ class Workload:
             for prompt, new in zip(self.prompts, self.generations, strict=True)
         )
         return min(lengths, default=0)
+
+    def shorter_half(self) -> Workload | None:
+        """The rows no longer than the middle one of different lengths; None if all are equally long."""
+        lengths = [prompt + new for prompt, new in zip(self.prompts, self.generations, strict=True)]
+        kinds = sorted(set(lengths))
+        if len(kinds) < 2:
+            return None
+        most = kinds[len(kinds) // 2 - 1]
+        kept = [place for place, length in enumerate(lengths) if length <= most]
+        prompts = tuple(self.prompts[at] for at in kept)
+        return Workload(prompts, tuple(self.generations[at] for at in kept), self.adapters)
+
+    def mean(self, max_positions: int, page_tokens: int, windows: Mapping[int | None, int], *, block: bool) -> Mean:
+        """What one sequence in flight asks of a sweep, on average over the time that the rows are in flight.
+
+        ``windows``: how many layers have each attention window. ``block``: KV is held for the longest row throughout.
+        """
+        kinds = Counter(zip(self.prompts, self.generations, strict=True))
+        layers = sum(windows.values())
+        sweeps = new = prompt = pairs = keys = filled = dirty = pages = 0.0
+        for (length, asked), count in kinds.items():
+            steps = max(1, min(asked, max_positions + 1 - length))
+            decoding = steps - 1
+            middle = length + 1 + (decoding - 1) / 2
+            sweeps += count * steps
+            new += count * min(asked, steps)
+            prompt += count * length
+            dirty += count * (-(-length // page_tokens) + decoding)
+            filled += count * decoding * ((middle - 1) / page_tokens + 0.5)
+            pages += count * steps * (min(middle, length + decoding) / page_tokens + 1)
+            for window, number in windows.items():
+                part = count * number / layers
+                pairs += part * pairs_of(0, length, window)
+                keys += part * decoding * keys_of(middle + page_tokens / 2, 1, window)
+        sweeps = max(1.0, sweeps)
+        longest = -(-self.longest(max_positions) // page_tokens)
+        return Mean(
+            rows=self.num_requests,
+            sweeps=sweeps / max(1, self.num_requests),
+            tokens=new / sweeps,
+            pages=float(longest) if block else min(float(longest), pages / sweeps),
+            decode=Load(
+                tokens=(sweeps - self.num_requests) / sweeps,
+                decoding=(sweeps - self.num_requests) / sweeps,
+                keys=keys / sweeps,
+                filled=filled / sweeps,
+                dirty=(sweeps - self.num_requests) / sweeps,
+                readouts=(sweeps - self.num_requests) / sweeps,
+            ),
+            prompt=Load(
+                tokens=prompt / sweeps,
+                pairs=pairs / sweeps,
+                dirty=(dirty - (sweeps - self.num_requests)) / sweeps,
+                readouts=self.num_requests / sweeps,
+            ),
+        )

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
 # Before anything imports torch, transformers or huggingface_hub, which read these once. Tiny models gain nothing from a
 # second thread, and much is lost where several processes spin for two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Plans are those of one imaginary machine, wherever the tests run, and nothing is measured.
+os.environ["FLEXBATCH_PROFILE"] = str(Path(__file__).parent / "profile.json")
 
 # A shell that starts the tests in the background has them ignore interrupts, which several tests are about.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -48,24 +49,26 @@ def ragged_rows(
 def generate_alone(path: Path, rows: Sequence[tuple[tuple[int, ...], int]]) -> list[Row]:
     """Generate each row by itself, greedily, with ``model.generate``."""
     model = load_oracle(path)
-    out = []
-    for prompt, new in rows:
-        ids = torch.tensor([prompt])
-        with torch.inference_mode():
-            generated = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=new,
-                do_sample=False,
-                output_logits=True,
-                return_dict_in_generate=True,
-            )
-        tokens = generated.sequences[0, len(prompt) :].tolist()
-        logits = torch.cat(generated.logits)
-        best = logits.topk(2).values
-        logprobs = logits.log_softmax(-1)[range(len(tokens)), tokens]
-        out.append(Row(prompt, new, tuple(tokens), tuple((best[:, 0] - best[:, 1]).tolist()), tuple(logprobs.tolist())))
-    return out
+    return [generate_row(model, prompt, new) for prompt, new in rows]
+
+
+def generate_row(model: Any, prompt: tuple[int, ...], new: int) -> Row:
+    """Generate one row with a model of transformers, or of PEFT."""
+    ids = torch.tensor([prompt])
+    with torch.inference_mode():
+        generated = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    tokens = generated.sequences[0, len(prompt) :].tolist()
+    logits = torch.cat(generated.logits)
+    best = logits.topk(2).values
+    logprobs = logits.log_softmax(-1)[range(len(tokens)), tokens]
+    return Row(prompt, new, tuple(tokens), tuple((best[:, 0] - best[:, 1]).tolist()), tuple(logprobs.tolist()))
 
 
 def requests_of(rows: Sequence[Row], **params: object) -> list[TokenizedRequest]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -134,11 +135,19 @@ def tiny_config(family: str, variant: str = "plain", *, rng: random.Random | Non
 
 
 def tiny_model(
-    family: str, variant: str = "plain", *, seed: int = 0, rng: random.Random | None = None
+    family: str,
+    variant: str = "plain",
+    *,
+    seed: int = 0,
+    rng: random.Random | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> transformers.PreTrainedModel:
-    """Return a random fp32 model whose greedy output varies and depends on every weight."""
+    """Return a random fp32 model whose greedy output varies and depends on every weight.
+
+    ``settings`` come on top of the variant's.
+    """
     config_class: Any = getattr(transformers, CONFIG_CLASSES[family])
-    config = config_class(**tiny_config(family, variant, rng=rng))
+    config = config_class(**{**tiny_config(family, variant, rng=rng), **(settings or {})})
     model: Any = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

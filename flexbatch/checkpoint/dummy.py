@@ -15,6 +15,7 @@ import torch
 
 from flexbatch.checkpoint.locate import ModelFolder
 from flexbatch.checkpoint.tensors import DTYPE_NAMES, DTYPES, TensorEntry
+from flexbatch.errors import UsageError
 from flexbatch.models.spec import WeightTable
 
 # Random numbers of one tensor repeat after this many (a prime, so that no two rows are alike): a 175B model would
@@ -49,6 +50,12 @@ class DummyCheckpoint:
             size = min(_PERIOD, count - start)
             tensor[start : start + size] = stored[:size]
         return tensor.view(entry.shape)
+
+    def at_rest(self, entry: TensorEntry) -> TensorEntry:
+        """Raise UsageError: made-up weights lie nowhere."""
+        raise UsageError(
+            f"--dummy-weights: {entry.name}: made-up weights cannot rest on disk; give --weights a disk share of 0"
+        )
 
 
 def dummy_checkpoint(folder: ModelFolder, table: WeightTable) -> DummyCheckpoint:

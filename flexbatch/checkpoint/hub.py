@@ -50,6 +50,12 @@ SHORT_NAMES: dict[str, str] = {
 """Short name (lower case) to hub id."""
 
 
+def canonical(model: str) -> str:
+    """Return what different ways of writing one model have in common: a folder's path, or the hub id in lower case."""
+    path = Path(model).expanduser()
+    return str(path.resolve()) if path.is_dir() else SHORT_NAMES.get(model.lower(), model).lower()
+
+
 def fetch(model: str, repo: str, *, weights: bool) -> Path:
     """Return the local snapshot of a hub model, downloading what is missing: configuration, tokenizer, weights.
 

@@ -15,11 +15,15 @@ from pathlib import Path
 
 import torch
 
+from flexbatch.checkpoint.derived import DerivedCheckpoint
 from flexbatch.checkpoint.dummy import dummy_checkpoint
+from flexbatch.checkpoint.gguf import open_gguf
+from flexbatch.checkpoint.grouped import fold
 from flexbatch.checkpoint.locate import ModelFolder
 from flexbatch.checkpoint.safetensors import read_header, read_index, read_tensor
 from flexbatch.checkpoint.tensors import DTYPES, Checkpoint, TensorEntry
 from flexbatch.checkpoint.torchbin import convert, find_bin
+from flexbatch.config_quantization import read_quantization
 from flexbatch.errors import ModelError
 from flexbatch.models.spec import WeightTable
 
@@ -42,6 +46,10 @@ class StoredCheckpoint:
         """Return the tensor in its stored dtype and its own memory; ModelError where the file is cut short."""
         return read_tensor(entry)
 
+    def at_rest(self, entry: TensorEntry) -> TensorEntry:
+        """Return the entry itself."""
+        return entry
+
 
 def open_checkpoint(folder: ModelFolder, table: WeightTable) -> Checkpoint:
     """Return the weights that ``table`` names. Reads headers only (and tied copies, to compare them).
@@ -51,9 +59,16 @@ def open_checkpoint(folder: ModelFolder, table: WeightTable) -> Checkpoint:
     """
     if folder.dummy:
         return dummy_checkpoint(folder, table)
+    if folder.path.is_file():
+        return open_gguf(folder.path, folder.shape, folder.config, table)
     stored = _stored_entries(_weights_folder(folder.path))
-    entries = match(table, stored, folder.path)
-    return StoredCheckpoint(entries, _fingerprint(folder, stored))
+    fingerprint = _fingerprint(folder, stored)
+    quantization = read_quantization(folder.shape.architecture, folder.config)
+    if quantization is None:
+        return StoredCheckpoint(match(table, stored, folder.path), fingerprint)
+    wanted = table.tensors()
+    left, recipes = fold(quantization, stored, lambda name: _full_name(table, wanted, name), table.transposed())
+    return DerivedCheckpoint(match(table, left, folder.path), fingerprint, recipes, folder.path)
 
 
 def _weights_folder(path: Path) -> Path:
@@ -89,19 +104,20 @@ def match(table: WeightTable, stored: Mapping[str, TensorEntry], path: Path) -> 
     wanted = table.tensors()
     found: dict[str, TensorEntry] = {}
     for name, entry in stored.items():
+        file = entry.path or path
         full = _full_name(table, wanted, name)
         if full is None:
             if any(re.fullmatch(pattern, name) for pattern in table.ignored):
                 continue
-            raise ModelError(f"{entry.path}: tensor {name} is unexpected: this architecture has none of that name")
+            raise ModelError(f"{file}: tensor {name} is unexpected: this architecture has none of that name")
         if full in found:
-            raise ModelError(f"{entry.path}: tensor {name} is there twice, also as {found[full].name}")
+            raise ModelError(f"{file}: tensor {name} is there twice, also as {found[full].name}")
         if entry.shape != wanted[full]:
             raise ModelError(
-                f"{entry.path}: tensor {name} has shape {list(entry.shape)}, config.json asks for {list(wanted[full])}"
+                f"{file}: tensor {name} has shape {list(entry.shape)}, config.json asks for {list(wanted[full])}"
             )
         if entry.dtype not in DTYPES:
-            raise ModelError(f"{entry.path}: tensor {name} has dtype {entry.dtype}; supported are {', '.join(DTYPES)}")
+            raise ModelError(f"{file}: tensor {name} has dtype {entry.dtype}; supported are {', '.join(DTYPES)}")
         found[full] = entry
     for absent, source in table.tied:
         _tie(found, absent, source)

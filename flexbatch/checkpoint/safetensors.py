@@ -146,25 +146,31 @@ def _check_layout(path: Path, entries: list[TensorEntry], data_start: int, file_
 def read_tensor(entry: TensorEntry) -> torch.Tensor:
     """Read one tensor by its byte range into memory of exactly its size; ModelError where the file ends early."""
     assert entry.path is not None, "a tensor without a file cannot be read from one"
-    buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
+    raw = read_bytes(entry.path, entry.name, entry.offset, entry.nbytes)
+    return raw.view(DTYPES[entry.dtype]).view(entry.shape)
+
+
+def read_bytes(path: Path, name: str, offset: int, nbytes: int) -> torch.Tensor:
+    """Return a range of a file as uint8 [nbytes]; ModelError, naming the tensor, where the file ends early."""
+    buffer = torch.empty(nbytes, dtype=torch.uint8)
     target = buffer.numpy().data
     done = 0
     try:
-        descriptor = os.open(entry.path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY)
         try:
-            while done < entry.nbytes:
-                count = os.preadv(descriptor, [target[done:]], entry.offset + done)
+            while done < nbytes:
+                count = os.preadv(descriptor, [target[done:]], offset + done)
                 if count == 0:
                     raise ModelError(
-                        f"{entry.path}: tensor {entry.name}: the file ends after {done} of {entry.nbytes} bytes; "
+                        f"{path}: tensor {name}: the file ends after {done} of {nbytes} bytes; "
                         "it changed or was truncated: fetch it again"
                     )
                 done += count
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise ModelError(f"{entry.path}: tensor {entry.name}: {error.strerror or error}") from error
-    return buffer.view(DTYPES[entry.dtype]).view(entry.shape)
+        raise ModelError(f"{path}: tensor {name}: {error.strerror or error}") from error
+    return buffer
 
 
 def write_file(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:

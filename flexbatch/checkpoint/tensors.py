@@ -19,7 +19,10 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One stored tensor: ``nbytes`` bytes at ``offset`` of the file ``path`` (None: made up, see ``dummy``)."""
+    """One stored tensor: ``nbytes`` bytes at ``offset`` of the file ``path``.
+
+    ``path`` is None for a tensor that is made when it is read: up (``dummy``), or from another form (``derived``).
+    """
 
     name: str
     dtype: str
@@ -42,3 +45,9 @@ class Checkpoint(Protocol):
 
     def read(self, entry: TensorEntry) -> torch.Tensor:
         """Return the tensor in its stored dtype and its own memory (``entry.nbytes`` bytes)."""
+
+    def at_rest(self, entry: TensorEntry) -> TensorEntry:
+        """Return an entry of the same tensor that lies in a file (``path`` is not None), for weights that rest on disk.
+
+        Raises UsageError where it has no bytes to lie anywhere (made-up weights).
+        """

@@ -65,7 +65,7 @@ def convert(path: Path, shards: Sequence[Path]) -> Path:
                 _fill(parent / f".{key}.partial", target, shards)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise _no_room(parent, sum(shard.stat().st_size for shard in shards)) from error
+            raise no_room(parent, sum(shard.stat().st_size for shard in shards)) from error
         raise ModelError(f"{parent}: converted weights cannot be kept there: {error.strerror or error}") from error
     return target
 
@@ -93,7 +93,7 @@ def _fill(partial: Path, target: Path, shards: Sequence[Path]) -> None:
     needed = sum(shard.stat().st_size for shard in shards)
     free = shutil.disk_usage(partial.parent).free
     if free < needed:
-        raise _no_room(partial.parent, needed - free)
+        raise no_room(partial.parent, needed - free)
     partial.mkdir()
     try:
         weight_map: dict[str, str] = {}
@@ -147,11 +147,12 @@ def _check_tensor(path: Path, name: object, tensor: object) -> None:
         raise ModelError(f"{path}: tensor {name} claims more bytes than are stored: damaged")
 
 
-def _no_room(parent: Path, missing: int) -> DoesNotFitError:
+def no_room(parent: Path, missing: int, form: str = ".bin") -> DoesNotFitError:
+    """Return the error for weights of a certain form whose readable copy does not fit the cache."""
     remedy = "set XDG_CACHE_HOME to a larger disk"
     return DoesNotFitError(
-        f"converting .bin weights needs {format_size(missing)} more in {parent}: {remedy}, "
-        "or use a checkpoint in safetensors form",
+        f"converting {form} weights needs {format_size(missing)} more in {parent}: {remedy}, "
+        "or use a checkpoint in 16-bit safetensors form",
         tier="disk",
         missing=missing,
         remedy=remedy,

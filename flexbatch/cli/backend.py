@@ -97,6 +97,19 @@ class Backend:
 
         return PromptEncoder(codec, folder.shape, chat=chat, template=template).encode_all(requests)
 
+    def refused_adapters(self, folder: ModelFolder, adapters: Mapping[str, Path]) -> dict[str, str]:
+        """Return why adapters are not supported by this model or at all; those that cannot be read are not among them.
+
+        Reads settings and headers only.
+        """
+        from flexbatch.lora.adapter import UnreadableAdapterError
+        from flexbatch.lora.reader import AdapterReader, open_adapters
+        from flexbatch.models.registry import family_of
+
+        reader = AdapterReader(family_of(folder.shape).table(folder.shape), folder.shape.family)
+        _, failed = open_adapters(reader, adapters, adapters)
+        return {name: str(error) for name, error in failed.items() if not isinstance(error, UnreadableAdapterError)}
+
     def engine(
         self,
         folder: ModelFolder,
@@ -106,12 +119,13 @@ class Backend:
         progress: LoadProgress,
         *,
         trace: bool,
+        adapters: Mapping[str, Path],
     ) -> EngineLike:
         """Plan for ``requests`` and load the model."""
         from flexbatch.policy.workload import Workload
         from flexbatch.runtime.engine import Engine
 
-        return Engine(folder, codec, options, Workload.of(requests), progress, trace=trace)
+        return Engine(folder, codec, options, Workload.of(requests), progress, trace=trace, adapters=adapters)
 
 
 def resolved(plan: Mapping[str, Any]) -> dict[str, Any]:

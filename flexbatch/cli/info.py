@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 def add_info_options(parser: argparse.ArgumentParser) -> None:
     """Give ``parser`` the options of ``flexbatch info``."""
-    parser.add_argument("--model", required=True, help="a folder, a hub id, a short name such as opt-30b, or demo")
+    parser.add_argument(
+        "--model", required=True, help="a folder, a GGUF file, a hub id, a short name such as opt-30b, or demo"
+    )
     parser.add_argument("--json", action="store_true", help="write JSON")
 
 
@@ -58,6 +60,7 @@ def describe(folder: ModelFolder) -> dict[str, Any]:
         "sliding_windows": windows,
         "tie_embeddings": shape.tie_embeddings,
         "stored_dtype": shape.stored_dtype,
+        "format": _format(folder),
         "eos_token_ids": list(shape.eos_token_ids),
         "parameters": sum(parts.values()),
         "weight_bytes": size.weight_bytes(shape.stored_dtype),
@@ -66,6 +69,24 @@ def describe(folder: ModelFolder) -> dict[str, Any]:
         "hidden_bytes_per_token": {dtype: size.hidden_token_bytes(dtype) for dtype in ("float16", "float32")},
         "supported": ["generate", "score"],
     }
+
+
+def _format(folder: ModelFolder) -> str:
+    """How the weights are stored: the types in a GGUF file, the method of a 4-bit checkpoint, else 16 or 32 bit."""
+    from collections import Counter
+
+    from flexbatch.checkpoint.gguf_file import read_gguf
+    from flexbatch.config_quantization import read_quantization
+
+    if folder.path.is_file():
+        tensors = read_gguf(folder.path).tensors.values()
+        kinds = Counter(tensor.kind for tensor in tensors).most_common()
+        size = format_size(sum(tensor.nbytes for tensor in tensors))
+        return "GGUF, " + ", ".join(f"{count} tensors {kind}" for kind, count in kinds) + f"; {size}"
+    quantization = read_quantization(folder.shape.architecture, folder.config)
+    if quantization is not None:
+        return f"{quantization.method.upper()}, 4 bits, groups of {quantization.group}"
+    return folder.shape.stored_dtype
 
 
 def _lines(facts: dict[str, Any]) -> list[str]:
@@ -80,6 +101,7 @@ def _lines(facts: dict[str, Any]) -> list[str]:
         "vocabulary": f"{facts['vocab_size']}" + (", embeddings tied" if facts["tie_embeddings"] else ""),
         "window": f"{facts['max_positions']} tokens",
         "parameters": f"{facts['parameters']:,}",
+        "format": facts["format"],
         "weights": f"{format_size(facts['weight_bytes'])} in {facts['stored_dtype']}, "
         f"the largest part {format_size(facts['largest_group_bytes'])}",
         "KV cache": f"{format_size(kv['float16'])} per token in 16 bit, {format_size(kv['float32'])} in float32",

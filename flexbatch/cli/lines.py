@@ -29,7 +29,9 @@ class LineWriter:
         if row.endpoint is None:
             return native_line(result)
         echoed = self._echoed(request, result) if request.request.params.echo else ""
-        return response_line(result, Answer(row.endpoint, row.digest, self._model, self._token_text, echoed))
+        return response_line(
+            result, Answer(row.endpoint, row.digest, result.lora or self._model, self._token_text, echoed)
+        )
 
     def _echoed(self, request: TokenizedRequest, result: Result) -> str:
         """Return the prompt's text, with the space that a completion loses when it is decoded on its own."""

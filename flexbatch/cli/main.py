@@ -19,6 +19,8 @@ from flexbatch.cli.backend import Backend
 from flexbatch.cli.console import print_error
 from flexbatch.cli.info import add_info_options, run_info
 from flexbatch.cli.options import add_run_options, run_options
+from flexbatch.cli.plan import add_plan_options, run_plan
+from flexbatch.cli.profile import add_profile_options, run_profile
 from flexbatch.cli.run import run_job
 from flexbatch.errors import ExitCode, FlexbatchError, UsageError
 
@@ -31,6 +33,10 @@ def main(argv: Sequence[str] | None = None, backend: Backend | None = None) -> i
         values = _parser().parse_args(arguments)
         if values.command == "info":
             code = run_info(values)
+        elif values.command == "profile":
+            code = run_profile(values)
+        elif values.command == "plan":
+            code = run_plan(values)
         else:
             code = run_job(run_options(values), backend or Backend(), [*program, *arguments])
         if sys.stdout is not None:
@@ -68,6 +74,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     run = commands.add_parser("run", help="generate for every row of a file", allow_abbrev=False)
     add_run_options(run)
+    plan = commands.add_parser("plan", help="say what a run would do, how fast, and why", allow_abbrev=False)
+    add_plan_options(plan)
+    profile = commands.add_parser("profile", help="measure this machine for plans", allow_abbrev=False)
+    add_profile_options(profile)
     info = commands.add_parser("info", help="say what a model is and what it takes", allow_abbrev=False)
     add_info_options(info)
     return parser

@@ -8,12 +8,15 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from flexbatch.checkpoint.hub import canonical
 from flexbatch.errors import UsageError
 from flexbatch.options import THROTTLED, EngineOptions, Resource
+from flexbatch.policy.saved import load_plan
 from flexbatch.sampling import SamplingParams
 from flexbatch.units import Shares, parse_shares, parse_size
 
@@ -37,12 +40,16 @@ class RunOptions:
     skip_invalid: bool = False
     overwrite: bool = False
     quiet: bool = False
+    lora: tuple[tuple[str, Path], ...] = ()
+    lora_dir: Path | None = None
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Give ``parser`` the options of ``flexbatch run``."""
     files = parser.add_argument_group("files")
-    files.add_argument("--model", required=True, help="a folder, a hub id, a short name such as opt-30b, or demo")
+    files.add_argument(
+        "--model", required=True, help="a folder, a GGUF file, a hub id, a short name such as opt-30b, or demo"
+    )
     files.add_argument("-i", "--input", required=True, metavar="FILE", help="rows in JSONL, - for stdin")
     files.add_argument("-o", "--output", required=True, metavar="FILE", type=Path, help="where the results go, JSONL")
     files.add_argument("--stats", metavar="FILE", type=Path, help="write what the run cost, JSON")
@@ -51,8 +58,9 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     files.add_argument("--overwrite", action="store_true", help="start anew, whatever output or .part is there")
     files.add_argument("--quiet", action="store_true", help="write nothing to stderr but errors")
     _add_generation(parser.add_argument_group("generation (a row's own values win)"))
-    _add_machine(parser.add_argument_group("machine"))
-    _add_placement(parser.add_argument_group("placement (auto: the plan decides; SHARES: gpu,cpu,disk in percent)"))
+    parser.add_argument("--plan", metavar="FILE", type=Path, help="place as a plan saved by flexbatch plan --json says")
+    _add_adapters(parser.add_argument_group("LoRA adapters (rows name them: lora, or body.model)"))
+    add_engine_options(parser)
 
 
 def run_options(values: argparse.Namespace) -> RunOptions:
@@ -67,7 +75,38 @@ def run_options(values: argparse.Namespace) -> RunOptions:
         logprobs=values.logprobs,
         ignore_eos=values.ignore_eos,
     )
-    engine = EngineOptions(
+    engine = engine_options(values)
+    plan = None if values.plan is None else load_plan(values.plan)
+    if plan is not None and canonical(plan.model) != canonical(values.model):
+        raise UsageError(f"--plan {values.plan}: is a plan for {plan.model}, not for {values.model}: save one for it")
+    return RunOptions(
+        model=values.model,
+        input=values.input,
+        output=values.output,
+        params=params,
+        engine=engine if plan is None else plan.applied(engine),
+        chat=values.chat,
+        template=None if values.chat_template is None else _read_template(values.chat_template),
+        dummy_weights=values.dummy_weights,
+        stats=values.stats,
+        trace=values.trace,
+        skip_invalid=values.skip_invalid,
+        overwrite=values.overwrite,
+        quiet=values.quiet,
+        lora=tuple(values.lora),
+        lora_dir=_folder("--lora-dir", values.lora_dir),
+    )
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """Give ``parser`` the options that say on what a run runs and where everything lives."""
+    _add_machine(parser.add_argument_group("machine"))
+    _add_placement(parser.add_argument_group("placement (auto: the plan decides; SHARES: gpu,cpu,disk in percent)"))
+
+
+def engine_options(values: argparse.Namespace) -> EngineOptions:
+    """Return the options that ``add_engine_options`` parsed; UsageError names the one that is wrong."""
+    return EngineOptions(
         device=values.device,
         gpu_memory=values.gpu_memory,
         cpu_memory=values.cpu_memory,
@@ -85,21 +124,7 @@ def run_options(values: argparse.Namespace) -> RunOptions:
         overlap=not values.no_overlap,
         rates=dict(values.throttle),
         dtype=values.dtype,
-    )
-    return RunOptions(
-        model=values.model,
-        input=values.input,
-        output=values.output,
-        params=params,
-        engine=engine,
-        chat=values.chat,
-        template=None if values.chat_template is None else _read_template(values.chat_template),
-        dummy_weights=values.dummy_weights,
-        stats=values.stats,
-        trace=values.trace,
-        skip_invalid=values.skip_invalid,
-        overwrite=values.overwrite,
-        quiet=values.quiet,
+        adapter_memory=getattr(values, "adapter_memory", None),
     )
 
 
@@ -116,14 +141,48 @@ def _add_generation(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--chat-template", metavar="FILE", type=Path, help="a Jinja template instead of the model's")
 
 
-def _add_machine(group: argparse._ArgumentGroup) -> None:
+def _add_adapters(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--lora", metavar="NAME=DIR", action="append", default=[], type=_adapter, help="a PEFT folder; repeatable"
+    )
+    group.add_argument("--lora-dir", metavar="DIR", type=Path, help="each sub-folder is an adapter, named after it")
+    group.add_argument(
+        "--adapter-memory",
+        type=_size("--adapter-memory"),
+        metavar="SIZE",
+        help="of RAM, for adapters; more are read from disk when needed (default: what the plan leaves)",
+    )
+
+
+def add_device_options(group: argparse._ArgumentGroup) -> None:
+    """Give ``group`` the options that name a device and the disk, and slow their links down."""
     group.add_argument("--device", type=_device, default="auto", help="auto, cuda, cuda:N, cpu or sim (default auto)")
+    group.add_argument("--gpu-memory", type=_size("--gpu-memory"), metavar="SIZE", help="default 90%% of what is free")
+    group.add_argument("--disk-dir", metavar="DIR", type=Path, help="where the disk tier lies")
+    group.add_argument(
+        "--throttle",
+        metavar="RESOURCE=SIZE",
+        action="append",
+        default=[],
+        type=_rate,
+        help="slow h2d or d2h (of sim), disk_read or disk_write down to SIZE bytes a second; repeatable",
+    )
+
+
+def device_options(values: argparse.Namespace) -> EngineOptions:
+    """Return the options that ``add_device_options`` parsed, everything else at its default."""
+    folder = _folder("--disk-dir", values.disk_dir)
+    return EngineOptions(
+        device=values.device, gpu_memory=values.gpu_memory, disk_dir=folder, rates=dict(values.throttle)
+    )
+
+
+def _add_machine(group: argparse._ArgumentGroup) -> None:
+    add_device_options(group)
     dtypes = ("auto", "float16", "bfloat16", "float32")
     group.add_argument("--dtype", choices=dtypes, default="auto", help="for compute, KV and hidden states")
-    group.add_argument("--gpu-memory", type=_size("--gpu-memory"), metavar="SIZE", help="default 90%% of what is free")
     group.add_argument("--cpu-memory", type=_size("--cpu-memory"), metavar="SIZE", help="default 80%% of what is free")
     group.add_argument("--disk-memory", type=_size("--disk-memory"), metavar="SIZE", help="default: free less 10%%")
-    group.add_argument("--disk-dir", metavar="DIR", type=Path, help="where the disk tier lies")
     group.add_argument("--dummy-weights", action="store_true", help="random weights in MODEL's shapes, for benchmarks")
 
 
@@ -139,23 +198,23 @@ def _add_placement(group: argparse._ArgumentGroup) -> None:
     schedules = ("continuous", "block")
     group.add_argument("--schedule", choices=schedules, default="continuous", help="block: FlexGen's fixed block")
     group.add_argument("--no-overlap", action="store_true", help="run the steps of a sweep one after the other")
-    group.add_argument(
-        "--throttle",
-        metavar="RESOURCE=SIZE",
-        action="append",
-        default=[],
-        type=_rate,
-        help="slow h2d or d2h (of sim), disk_read or disk_write down to SIZE bytes a second; repeatable",
-    )
+
+
+def _adapter(text: str) -> tuple[str, Path]:
+    name, equals, folder = text.partition("=")
+    if not (name and equals and folder):
+        raise UsageError(f"--lora {text}: give NAME=DIR, such as french=adapters/french")
+    return name, Path(folder)
 
 
 def _rate(text: str) -> tuple[Resource, int]:
     name, _, size = text.partition("=")
     for resource in THROTTLED:
         if name == resource:
-            rate = parse_size(size)
-            if rate > 0:
-                return resource, rate
+            with suppress(UsageError):
+                rate = parse_size(size)
+                if rate > 0:
+                    return resource, rate
     raise UsageError(f"--throttle {text}: give one of {', '.join(THROTTLED)} and a size, such as disk_read=500MB")
 
 
@@ -193,6 +252,17 @@ def _bits(option: str) -> Callable[[str], Literal[16, 4] | None]:
         if text not in values:
             raise UsageError(f"{option} {text}: give 16, 4 or auto")
         return values[text]
+
+    return parse
+
+
+def count_option(option: str) -> Callable[[str], int]:
+    """Return what reads the value of ``option``, a whole number from 1 on."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) == 0:
+            raise UsageError(f"{option} {text}: give a whole number from 1 on")
+        return int(text)
 
     return parse
 

@@ -26,7 +26,8 @@ from flexbatch.jobs.durable import disk_error
 from flexbatch.jobs.identity import JobIdentity
 from flexbatch.jobs.journal import Journal
 from flexbatch.jobs.output import CompletedJob, check_distinct, check_place, part_path, recall, remember
-from flexbatch.jobs.rows import JobInput, Row, read_rows, require_valid
+from flexbatch.jobs.rows import JobInput, Names, Row, read_rows, require_valid
+from flexbatch.lora.folders import adapter_folders, fingerprint
 from flexbatch.options import EngineOptions
 from flexbatch.requests import TokenizedRequest
 from flexbatch.units import format_duration
@@ -67,6 +68,7 @@ class _Job:
         self._part = part_path(options.output)
         self._journal: Journal | None = None
         self._rows: Sequence[Row] = ()
+        self._adapters: dict[str, Path] = {}
         self._resumed = 0
         self._begun = False
 
@@ -88,7 +90,8 @@ class _Job:
     def run(self, stop: Stop) -> ExitCode:
         options = self._options
         self._check_places()
-        job_input = read_rows(options.input, options.params)
+        folders = adapter_folders(options.lora, options.lora_dir)
+        job_input = read_rows(options.input, options.params, Names(folders, options.model))
         self._rows = job_input.rows
         if not options.skip_invalid:
             require_valid(job_input.name, self._rows)
@@ -99,6 +102,8 @@ class _Job:
         folder = self._backend.locate(options.model, dummy=options.dummy_weights)
         for warning in folder.warnings:
             self._console.warn(warning)
+        used = {row.request.lora for row in self._rows if row.request is not None}
+        self._adapters = {name: path for name, path in folders.items() if name in used}
         identity = self._identity(job_input, folder)
         if completed is not None:
             return self._report_completed(completed, identity)
@@ -107,6 +112,7 @@ class _Job:
         if self._journal.identity is not None:
             identity = identity.adopt(self._journal.identity)
         codec = self._backend.codec(folder)
+        self._refuse_adapters(job_input, folder)
         requests = self._encode(job_input, folder, codec)
         pending = [request for request in requests if not self._journal.is_done(request.index)]
         if pending and not options.overwrite and options.output.exists():
@@ -168,6 +174,8 @@ class _Job:
             "chat_template": options.template,
             "dummy_weights": options.dummy_weights,
         }
+        if self._adapters:
+            settings["adapters"] = fingerprint(self._adapters, self._adapters)
         engine = options.engine
         asked = {
             "dtype": None if engine.dtype == "auto" else engine.dtype,
@@ -175,6 +183,18 @@ class _Job:
             "kv_bits": engine.kv_bits,
         }
         return JobIdentity(folder.name, self._backend.fingerprint(folder), job_input.digest, settings, asked)
+
+    def _refuse_adapters(self, job_input: JobInput, folder: ModelFolder) -> None:
+        """Make rows invalid whose adapter asks for something that is not supported."""
+        if not self._adapters:
+            return
+        refused = self._backend.refused_adapters(folder, self._adapters)
+        self._rows = [
+            row.failed(refused[row.request.lora]) if row.request is not None and row.request.lora in refused else row
+            for row in self._rows
+        ]
+        if not self._options.skip_invalid:
+            require_valid(job_input.name, self._rows)
 
     def _encode(self, job_input: JobInput, folder: ModelFolder, codec: TextCodec | None) -> list[TokenizedRequest]:
         """Encode all prompts; rows that the model cannot take become invalid ones."""
@@ -206,7 +226,13 @@ class _Job:
         engine_options = _pinned(options.engine, identity)
         with closing(meter):
             engine = self._backend.engine(
-                folder, codec, engine_options, pending, meter, trace=options.trace is not None
+                folder,
+                codec,
+                engine_options,
+                pending,
+                meter,
+                trace=options.trace is not None,
+                adapters=self._adapters,
             )
         self._console.say(plan_summary(engine.plan.to_json()))
         return engine

@@ -6,7 +6,7 @@ Knows no file and no line numbers; a bad field raises :class:`BadRowError`, and 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from flexbatch.errors import UsageError
@@ -40,6 +40,16 @@ def text_field(row: Mapping[str, Json], name: str, where: str = "") -> str:
     if not value:
         raise BadRowError(f"{where}{name} is empty")
     return value
+
+
+def known_adapter(name: str, adapters: Collection[str], others: str = "") -> None:
+    """Raise BadRowError unless ``name`` is one of ``adapters``; ``others`` says what else it could have been."""
+    if name in adapters:
+        return
+    if not adapters:
+        raise BadRowError(f"unknown adapter {show(name)}: this run has no adapters")
+    known = ", ".join(sorted(adapters)[:5]) + (", ..." if len(adapters) > 5 else "")
+    raise BadRowError(f"unknown adapter {show(name)}: this run has {known}{others}")
 
 
 def override(defaults: SamplingParams, values: Mapping[str, Json], where: str = "") -> SamplingParams:

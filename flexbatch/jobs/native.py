@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from flexbatch.jobs.fields import (
     BadRowError,
     Json,
+    known_adapter,
     messages_field,
     override,
     prompt_field,
@@ -26,19 +27,24 @@ _FIELDS = frozenset({"id", "prompt", "messages", "lora", *SAMPLING_FIELDS})
 _UNLIKELY = -9999.0  # stands for minus infinity, which JSON cannot say; the OpenAI API uses the same value
 
 
-def parse_native(row: Mapping[str, Json], default_id: str, defaults: SamplingParams) -> Request:
-    """Return the Request of one native row; a field that is null counts as not given. Raises BadRowError."""
+def parse_native(
+    row: Mapping[str, Json], default_id: str, defaults: SamplingParams, adapters: Collection[str] = ()
+) -> Request:
+    """Return the Request of one native row; a field that is null counts as not given. Raises BadRowError.
+
+    ``adapters``: the names that ``lora`` may have.
+    """
     refuse_unknown(row, _FIELDS)
     given = {name: value for name, value in row.items() if value is not None}
     row_id = text_field(given, "id") if "id" in given else default_id
     if ("prompt" in given) == ("messages" in given):
         raise BadRowError("needs exactly one of prompt and messages")
     if "lora" in given:
-        raise BadRowError(f"unknown adapter {text_field(given, 'lora')!r}: this run has no adapters")
+        known_adapter(text_field(given, "lora"), adapters)
     params = override(defaults, {name: given[name] for name in SAMPLING_FIELDS if name in given})
     if "messages" in given:
-        return Request(row_id, params, messages=messages_field(given["messages"]))
-    return Request(row_id, params, prompt=prompt_field(given["prompt"]))
+        return Request(row_id, params, messages=messages_field(given["messages"]), lora=given.get("lora"))
+    return Request(row_id, params, prompt=prompt_field(given["prompt"]), lora=given.get("lora"))
 
 
 def native_line(result: Result) -> str:

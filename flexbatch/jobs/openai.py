@@ -5,12 +5,14 @@ Knows nothing of files, and nothing of responses (see ``openai_lines.py``).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Literal
 
 from flexbatch.jobs.fields import (
     BadRowError,
     Json,
+    known_adapter,
     messages_field,
     override,
     prompt_field,
@@ -61,10 +63,13 @@ def is_openai(row: Mapping[str, Json]) -> bool:
     return any(name in row for name in _MARKS)
 
 
-def parse_openai(row: Mapping[str, Json], defaults: SamplingParams) -> tuple[Request, Endpoint]:
+def parse_openai(
+    row: Mapping[str, Json], defaults: SamplingParams, adapters: Collection[str] = (), model: str = ""
+) -> tuple[Request, Endpoint]:
     """Return the Request of one batch row and the endpoint whose answer it wants. Raises BadRowError naming the field.
 
-    A field that is null counts as not given. ``body.model`` may say anything while no adapters are configured.
+    A field that is null counts as not given. ``body.model`` may say anything while there are no ``adapters``; else it
+    names one of them, or ``model``, the base model.
     """
     refuse_unknown(row, _ROW_FIELDS)
     for name in ("custom_id", "method", "url", "body"):
@@ -80,11 +85,17 @@ def parse_openai(row: Mapping[str, Json], defaults: SamplingParams) -> tuple[Req
         raise BadRowError(f"body must be an object, not {show(row['body'])}")
     body = {name: value for name, value in row["body"].items() if value is not None}
     _refuse_unsupported(body, endpoint)
-    if "model" in body:
-        text_field(body, "model", "body.")
-    if endpoint == "chat":
-        return _chat(custom_id, body, defaults), endpoint
-    return _completion(custom_id, body, defaults), endpoint
+    adapter = _adapter(body, adapters, model)
+    request = _chat(custom_id, body, defaults) if endpoint == "chat" else _completion(custom_id, body, defaults)
+    return replace(request, lora=adapter), endpoint
+
+
+def _adapter(body: Mapping[str, Json], adapters: Collection[str], model: str) -> str | None:
+    name = text_field(body, "model", "body.") if "model" in body else model
+    if not adapters or (name not in adapters and name in (model, model.rstrip("/").rpartition("/")[2])):
+        return None
+    known_adapter(name, adapters, f", and {show(model)} for the base model")
+    return name
 
 
 def _refuse_unsupported(body: Mapping[str, Json], endpoint: Endpoint) -> None:

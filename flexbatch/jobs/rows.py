@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -55,7 +55,18 @@ class JobInput:
     rows: tuple[Row, ...]
 
 
-def read_rows(source: str, defaults: SamplingParams) -> JobInput:
+@dataclass(frozen=True, slots=True)
+class Names:
+    """What rows may name: the job's adapters, and the base model as ``--model`` calls it."""
+
+    adapters: Collection[str] = ()
+    model: str = ""
+
+
+_NO_NAMES = Names()
+
+
+def read_rows(source: str, defaults: SamplingParams, names: Names = _NO_NAMES) -> JobInput:
     """Return the rows of the file ``source``, or of standard input for ``-``; a row's own values win over ``defaults``.
 
     Bad lines become rows with an error (see :func:`require_valid`). Raises InputError if the file cannot be read or
@@ -66,7 +77,7 @@ def read_rows(source: str, defaults: SamplingParams) -> JobInput:
         raise InputError("standard input is closed: give --input a JSONL file")
     try:
         with nullcontext(sys.stdin.buffer) if source == "-" else Path(source).open("rb") as stream:
-            job = _parse(name, stream, defaults)
+            job = _parse(name, stream, defaults, names)
     except FileNotFoundError:
         raise InputError(f"{source}: no such file: give --input a JSONL file, or - for standard input") from None
     except IsADirectoryError:
@@ -91,7 +102,7 @@ def require_valid(name: str, rows: Sequence[Row]) -> None:
     raise InputError("\n".join(lines))
 
 
-def _parse(name: str, stream: BinaryIO, defaults: SamplingParams) -> JobInput:
+def _parse(name: str, stream: BinaryIO, defaults: SamplingParams, names: Names) -> JobInput:
     digest = hashlib.sha256()
     rows: list[Row] = []
     lines_of: dict[str, int] = {}
@@ -100,7 +111,7 @@ def _parse(name: str, stream: BinaryIO, defaults: SamplingParams) -> JobInput:
         line = raw.removeprefix(_BOM) if number == 1 else raw
         if not line.strip():
             continue
-        row = _parse_line(line.rstrip(b"\r\n"), len(rows), number, defaults)
+        row = _parse_line(line.rstrip(b"\r\n"), len(rows), number, defaults, names)
         if row.error is None:
             first = lines_of.setdefault(row.id, number)
             if first != number:
@@ -109,7 +120,7 @@ def _parse(name: str, stream: BinaryIO, defaults: SamplingParams) -> JobInput:
     return JobInput(name, digest.hexdigest(), tuple(rows))
 
 
-def _parse_line(line: bytes, index: int, number: int, defaults: SamplingParams) -> Row:
+def _parse_line(line: bytes, index: int, number: int, defaults: SamplingParams, names: Names) -> Row:
     blank = Row(index, number, str(number), hashlib.blake2b(line, digest_size=12).hexdigest())
     try:
         value = _load(line)
@@ -118,9 +129,9 @@ def _parse_line(line: bytes, index: int, number: int, defaults: SamplingParams) 
     endpoint: Endpoint | None = None
     try:
         if is_openai(value):
-            request, endpoint = parse_openai(value, defaults)
+            request, endpoint = parse_openai(value, defaults, names.adapters, names.model)
         else:
-            request = parse_native(value, str(number), defaults)
+            request = parse_native(value, str(number), defaults, names.adapters)
     except BadRowError as bad:
         return _identified(blank, value).failed(str(bad))
     return replace(blank, id=request.id, endpoint=endpoint, request=request)

@@ -148,32 +148,31 @@ def attend_chunk(
 
 def _attend_pages(batch: PageBatch, layer: Tensor, q: Tensor, scale: float) -> Tensor:
     total_rows, heads, dim = q.shape
-    kv_heads, size = layer.shape[1], layer.shape[3]
+    kv_heads = layer.shape[1]
     group = heads // kv_heads
-    number = batch.owner.shape[0]
     pool = layer if batch.gather is None else layer.index_select(0, batch.gather)
-    flat = pool.view(-1, 2, size, dim)  # [pages * KV, 2, P, D]
-    queries = torch.cat([q * scale, q.new_zeros(1, heads, dim)]).index_select(0, batch.owner)
-    queries = queries.view(number * kv_heads, group, dim)
-    flat_scores = q.new_empty(number * kv_heads, group, size)
+    queries = torch.cat([q, q.new_zeros(1, heads, dim)]).index_select(0, batch.owner)
+    queries = queries.view(-1, kv_heads, group, dim)
+    bias = batch.bias.expand(-1, 1, group, -1)
+    outputs, logs = [], []
     for first, place, count in batch.runs:
-        ours, theirs = _rows(place, count, kv_heads), _rows(first, count, kv_heads)
-        torch.bmm(queries[ours], flat[theirs, 0].transpose(1, 2), out=flat_scores[ours])
-    scores = flat_scores.view(number, kv_heads, group, size).add_(batch.bias)
-    highest = scores.amax(-1)  # [N, KV, G]
-    weights = scores.sub_(highest.unsqueeze(-1)).exp_()
-    flat_partial = torch.empty_like(queries)
-    for first, place, count in batch.runs:
-        ours, theirs = _rows(place, count, kv_heads), _rows(first, count, kv_heads)
-        torch.bmm(flat_scores[ours], flat[theirs, 1], out=flat_partial[ours])
-    partial = flat_partial.view(number, kv_heads, group, dim)
-    return merge_pages(batch, highest, weights.sum(-1), partial, total_rows).view(total_rows, heads, dim)
+        pages = pool[first : first + count]
+        ours = slice(place, place + count)
+        # The queries of a group of heads stand where a sequence's would: a page is attended to by one token.
+        output, log = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            queries[ours], pages[:, :, 0], pages[:, :, 1], 0.0, False, attn_mask=bias[ours], scale=scale
+        )
+        outputs.append(output)
+        logs.append(log)
+    partial, log = _joined(outputs), _joined(logs)  # of one page alone: [N, KV, G, D], and [N, KV, G], log of the sum
+    return merge_pages(batch, log, torch.ones_like(log), partial, total_rows).view(total_rows, heads, dim)
 
 
 def merge_pages(batch: PageBatch, highest: Tensor, sums: Tensor, partial: Tensor, rows: int) -> Tensor:
     """Merge the pages of each row: rescale every page to the row's maximum, add up, divide once.
 
-    highest, sums [N, KV, G] of a page's scores and weights, partial [N, KV, G, D], all overwritten -> [rows, KV, G, D].
+    highest, sums [N, KV, G] of a page's scores and weights (or the logarithm of its sum, and 1, where partial is
+    divided already), partial [N, KV, G, D], all overwritten -> [rows, KV, G, D].
     """
     _, kv_heads, group, dim = partial.shape
     padded = torch.cat([highest, highest.new_full((1, kv_heads, group), -torch.inf)])
@@ -185,8 +184,8 @@ def merge_pages(batch: PageBatch, highest: Tensor, sums: Tensor, partial: Tensor
     return attended[:rows].div_(total[:rows].unsqueeze(-1))
 
 
-def _rows(first: int, count: int, kv_heads: int) -> slice:
-    return slice(first * kv_heads, (first + count) * kv_heads)
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _paged(spans: Sequence[Span], page_tokens: int, window: int | None) -> PagedQueries:

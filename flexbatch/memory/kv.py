@@ -54,11 +54,16 @@ class KVPool:
 
     def __init__(self, shape: PageShape, num_layers: int, num_pages: int, allocate: Allocate) -> None:
         self.num_pages = num_pages
-        self._layers = [shape.view(allocate(num_pages * shape.nbytes)) for _ in range(num_layers)]
+        self._raw = [allocate(num_pages * shape.nbytes).view(-1, shape.nbytes) for _ in range(num_layers)]
+        self._layers = [shape.view(raw.view(-1)) for raw in self._raw]
 
     def layer(self, index: int) -> Tensor:
         """The pool of one layer, [pages, kv_heads, 2, page_tokens, head_dim]."""
         return self._layers[index]
+
+    def raw(self, index: int) -> Tensor:
+        """The bytes of one layer, uint8 [pages, bytes of a page]: pages may hold other things than KV."""
+        return self._raw[index]
 
 
 class DiskPages:

@@ -68,6 +68,11 @@ class SpillFile:
             raise self._error(error, self._shortage() or self.nbytes) from error
         self._pool = RequestPool(threads)
 
+    @property
+    def path(self) -> Path:
+        """Where this process, and only it, can open the file once more, until ``close``."""
+        return Path(f"/proc/self/fd/{self._file.fd}")
+
     def read(self, offset: int, buffer: Tensor) -> None:
         """Fill ``buffer`` with what was last written at ``offset``; zeros where nothing was."""
         self.read_many([(offset, buffer)])

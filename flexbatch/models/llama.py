@@ -86,9 +86,9 @@ class LlamaFamily:
 
     def finish(self, ctx: LayerContext, x: Tensor, attended: Tensor) -> Tensor:
         """[T, hidden], attended [T, heads, head_dim] -> the layer's output [T, hidden]."""
-        x = x + ctx.linear("out", attended.flatten(1))
+        x = ctx.linear("out", attended.flatten(1)).add_(x)
         gate, up = ctx.linear("gate_up", rms_norm(x, ctx.vector("mlp_norm"), ctx.shape.norm_eps)).chunk(2, dim=-1)
-        return x + ctx.linear("down", activate(ctx.shape.activation, gate) * up)
+        return ctx.linear("down", activate(ctx.shape.activation, gate).mul_(up)).add_(x)
 
     def head(self, ctx: LayerContext, x: Tensor) -> Tensor:
         """[T, hidden] -> logits [T, vocab]."""

@@ -106,6 +106,16 @@ class WeightTable:
         """Return full name and stored shape of every tensor of the model, tied ones included."""
         return {name: shape for group in self.groups for name, shape in group.tensors()}
 
+    def transposed(self) -> set[str]:
+        """Return the full names of the weights that checkpoints store [in, out]."""
+        return {
+            f"{group.prefix}{part.module}.weight"
+            for group in self.groups
+            for linear in group.linears
+            if linear.transposed
+            for part in linear.parts
+        }
+
 
 class LayerContext(Protocol):
     """What wiring sees of the rest: T tokens of one micro-batch at one group."""

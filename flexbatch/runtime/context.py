@@ -9,23 +9,29 @@ from torch import Tensor
 from flexbatch.kernels.linear import linear
 from flexbatch.kernels.rotary import apply_rotary
 from flexbatch.memory.weights import GroupWeights
+from flexbatch.runtime.adapter_store import BoundAdapters
 from flexbatch.shapes import ModelShape
 
 
 @dataclass(frozen=True, slots=True)
 class BoundContext:
-    """Implements ``models.spec.LayerContext``."""
+    """Implements ``models.spec.LayerContext`` for the group ``group``; ``adapters``: those that rows name."""
 
     shape: ModelShape
     positions: Tensor
     weights: GroupWeights
     rotation: tuple[Tensor, Tensor] | None
     rows: Tensor | None = None
+    group: int = 0
+    adapters: BoundAdapters | None = None
 
     def linear(self, name: str, x: Tensor) -> Tensor:
-        """[T, in] -> [T, out]."""
+        """[T, in] -> [T, out]. Rows without an adapter are what they would be if there were none."""
         operand = self.weights.linears[name]
-        return linear(x, operand.parts, operand.bias)
+        product = linear(x, operand.parts, operand.bias)
+        if self.adapters is not None:
+            self.adapters.add(self.group, name, x, product)
+        return product
 
     def vector(self, name: str) -> Tensor:
         """A small tensor of the group, in compute dtype."""

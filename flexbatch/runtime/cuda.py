@@ -63,6 +63,9 @@ class CudaDevice:
                 missing=budget - total,
                 remedy="--gpu-memory",
             )
+        self.gpu_total = total
+        count = torch.cuda.device_count()
+        self.model = torch.cuda.get_device_name(index) + (f" (1 of {count})" if count > 1 else "")
         self.ledger = Ledger("gpu", budget)
         torch.cuda.set_per_process_memory_fraction(budget / total, index)
         self._streams = {resource: torch.cuda.Stream(self.torch_device) for resource in _STREAMS}

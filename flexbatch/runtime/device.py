@@ -37,6 +37,8 @@ class Device(Protocol):
 
     name: str
     """``cpu``, ``sim`` or ``cuda``."""
+    model: str
+    """What the GPU is called, and how many there are; empty without one."""
     compute: Resource
     """Where project, finish and head run: ``cpu`` or ``gpu``."""
     torch_device: torch.device
@@ -55,6 +57,10 @@ class Device(Protocol):
     @property
     def gpu_budget(self) -> int:
         """Bytes of the GPU tier; 0 without one."""
+
+    @property
+    def gpu_total(self) -> int:
+        """Bytes of memory that the GPU has, whoever uses them; 0 without one."""
 
     def lane(self, resource: Resource) -> AbstractContextManager[None]:
         """What a thread enters to carry out the Steps of ``resource`` (CUDA: its stream)."""
@@ -86,8 +92,10 @@ class _HostDevice:
 
     torch_device = torch.device("cpu")
     native_half = False
+    model = ""
     gpu_peak = 0
     gpu_budget = 0
+    gpu_total = 0
 
     def __init__(self) -> None:
         self.moved = {"h2d": 0, "d2h": 0}
@@ -138,6 +146,7 @@ class SimDevice(_HostDevice):
     """
 
     name = "sim"
+    model = "a GPU played by the CPU"
     compute: Resource = "gpu"
 
     def __init__(self, gpu_budget: int, rates: Mapping[Resource, float] | None = None) -> None:
@@ -154,6 +163,11 @@ class SimDevice(_HostDevice):
     @property
     def gpu_budget(self) -> int:  # type: ignore[override]
         """Bytes of the GPU tier."""
+        return self.ledger.budget
+
+    @property
+    def gpu_total(self) -> int:  # type: ignore[override]
+        """Bytes of the GPU tier: there is no more."""
         return self.ledger.budget
 
     def gpu_buffer(self, nbytes: int) -> Tensor:

@@ -6,7 +6,7 @@ It knows no files and no formats; jobs, the command line and the Python API stan
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,16 +25,20 @@ from flexbatch.memory.spill import SpillFile
 from flexbatch.models.registry import family_of
 from flexbatch.models.spec import model_size
 from flexbatch.options import EngineOptions
-from flexbatch.policy.placement import LANES, place
+from flexbatch.policy.machine import LANES, Machine
 from flexbatch.policy.plan import Plan
+from flexbatch.policy.search import choose
 from flexbatch.policy.weights import WeightPlacement
 from flexbatch.policy.workload import Workload
 from flexbatch.requests import FinishReason, Result, RowError, TokenizedRequest, TokenLogprobs
+from flexbatch.runtime.adapter_store import AdapterStore
+from flexbatch.runtime.adapters import AdapterRun, Adapters, adapter_error
 from flexbatch.runtime.allocator import keep_freed_blocks
 from flexbatch.runtime.hardware import peak_rss, product_rate
 from flexbatch.runtime.hidden import HiddenMoves
 from flexbatch.runtime.micro_batch import Readout
-from flexbatch.runtime.setup import allocate_kv, machine_for, open_device
+from flexbatch.runtime.profile_cache import machine_profile
+from flexbatch.runtime.setup import allocate_kv, disk_folder, machine_for, open_device
 from flexbatch.runtime.sweep_runner import SweepRunner
 from flexbatch.runtime.trace import Trace
 from flexbatch.runtime.weight_store import Progress, WeightStore, unit_sizes, units_of
@@ -81,6 +85,7 @@ class Engine:
         progress: Progress | None = None,
         *,
         trace: bool = False,
+        adapters: Mapping[str, Path] | None = None,
         delays: Callable[[Step], float] | None = None,
     ) -> None:
         started = time.perf_counter()
@@ -96,7 +101,16 @@ class Engine:
         units = units_of(table, checkpoint, folder.shape.vocab_size)
         self._units = unit_sizes(units)
         self._device = open_device(options)
-        self._machine = machine_for(options, self._device, folder.shape.stored_dtype)
+        self._machine = machine_for(options, self._device, folder.native_dtype or folder.shape.stored_dtype)
+        self._profile = machine_profile(
+            self._device,
+            disk_folder(options),
+            rates=options.rates,
+            types=(self._machine.dtype,),
+            progress=progress,
+        )
+        self._workload = workload
+        self._adapters = Adapters(adapters or {}, table, folder.shape.family, self._device, options.adapter_memory)
         self.plan, placement = self._place(workload)
         self._reader = DirectReader(rate=options.rates.get("disk_read"))
         self._weights = WeightStore(
@@ -138,21 +152,34 @@ class Engine:
         self._device.close()
 
     def run(self, requests: SequenceOf[TokenizedRequest]) -> Iterator[Result]:
-        """Yield a Result for every request as it finishes. Rows that cannot fit the KV cache alone are error rows."""
-        workload = Workload.of(requests)
+        """Yield a Result for every request as it finishes.
+
+        Rows that cannot fit the KV cache alone, or whose adapter cannot be used, are error rows.
+        """
+        for result in self._run(requests, Workload.of(requests)):
+            self._adapters.count(result)
+            yield result
+
+    def _run(self, requests: SequenceOf[TokenizedRequest], workload: Workload) -> Iterator[Result]:
         self._replan(workload)
         pages = {tier: PageAllocator(count) for tier, count in self.plan.kv_pages.items()}
-        scheduler = Scheduler(self.plan, pages)
-        yield from self._queue(scheduler, requests)
-        runner = self._runner()
+        adapters = self._adapters.begin(workload.adapters, pages) if workload.adapters else None
+        scheduler = Scheduler(self.plan, pages, adapters=adapters.cache if adapters is not None else None)
+        yield from self._queue(scheduler, requests, adapters)
+        runner, store = self._runner(adapters)
         try:
-            yield from self._sweeps(scheduler, runner)
+            yield from self._sweeps(scheduler, runner, store)
+        except BaseException:
+            self._adapters.forget()
+            raise
         finally:
             runner.close()
+        if adapters is not None:
+            self._adapters.finish(adapters)
         for pool in pages.values():
             pool.check_idle()
 
-    def _sweeps(self, scheduler: Scheduler, runner: SweepRunner) -> Iterator[Result]:
+    def _sweeps(self, scheduler: Scheduler, runner: SweepRunner, store: AdapterStore | None) -> Iterator[Result]:
         """Sweep until nothing is left, and yield the rows that each sweep finishes."""
         streams: dict[int, TextStream] = {}
         while True:
@@ -163,13 +190,19 @@ class Engine:
             read = runner.run(sweep, more=scheduler.continues)
             scheduler.computed(sweep)
             self._count(sweep, read)
-            finished = [piece.sequence for piece, readout in read if self._advance(piece, readout, streams)]
+            lost = [] if store is None else self._lost(scheduler, store)
+            finished = [
+                piece.sequence
+                for piece, readout in read
+                if piece.sequence.finish_reason is None and self._advance(piece, readout, streams)
+            ]
             for sequence in finished:
                 scheduler.retire(sequence)
             self._progress.preemptions = scheduler.preemptions
             results = [self._result(sequence, streams) for sequence in finished]
             self._generate_s += time.perf_counter() - started
             yield from results
+            yield from lost
 
     def snapshot(self) -> RunProgress:
         """How far the run is."""
@@ -196,13 +229,14 @@ class Engine:
             "moved_bytes": {
                 "h2d": self._device.moved["h2d"],
                 "d2h": self._device.moved["d2h"],
-                "disk_read": self._loaded_bytes + self._reader.bytes_read + spilled[0],
+                "disk_read": self._loaded_bytes + self._reader.bytes_read + self._adapters.bytes_read + spilled[0],
                 "disk_write": spilled[1],
             },
             "busy_s": dict(self._trace.busy_s),
             "step_s": dict(self._trace.kind_s),
             "flops": {"linear": done.linear_flops, "attention": done.attention_flops, "rate": rate},
             "roofline_s": flops / rate,
+            "adapters": self._adapters.stats(),
             "plan": self.plan.to_json(),
         }
 
@@ -213,18 +247,34 @@ class Engine:
     # --- parts of a run ----------------------------------------------------------------------------------------
 
     def _place(self, workload: Workload) -> tuple[Plan, WeightPlacement]:
-        return place(
+        if not workload.adapters:
+            return self._place_on(self._machine, workload)
+        sketch, _ = self._place_on(self._machine, workload)
+        page = self._page_shape(sketch)
+        machine = self._adapters.reserve(self._machine, workload.adapters, page, sketch)
+        plan, placement = self._place_on(machine, workload)
+        return self._adapters.account(plan, page), placement
+
+    def _place_on(self, machine: Machine, workload: Workload) -> tuple[Plan, WeightPlacement]:
+        return choose(
             self._folder.name,
             self._size,
             self._units,
             workload,
             self._options,
-            self._machine,
+            machine,
+            self._profile,
             stored_dtype=self._shape.stored_dtype,
         )
 
+    def _page_shape(self, plan: Plan) -> PageShape:
+        return PageShape(self._shape.num_kv_heads, plan.page_tokens, self._shape.head_dim, getattr(torch, plan.dtype))
+
     def _replan(self, workload: Workload) -> None:
         """Plan for these rows; the weights stay where they are."""
+        if workload == self._workload:
+            return
+        self._workload = workload
         plan, _ = self._place(workload)
         kept = ("weights", "weights_dtype", "host_slots", "gpu_slots")
         plan = replace(plan, **{name: getattr(self.plan, name) for name in kept})
@@ -238,7 +288,7 @@ class Engine:
             self._spill.close()
             self._spill = None
 
-    def _runner(self) -> SweepRunner:
+    def _runner(self, adapters: AdapterRun | None) -> tuple[SweepRunner, AdapterStore | None]:
         routes = Routes(
             num_layers=self._shape.num_layers,
             compute=self._device.compute,
@@ -247,18 +297,17 @@ class Engine:
             host_slots=self.plan.host_slots,
             gpu_slots=self.plan.gpu_slots,
             gather=self._weights.gather_on,
-            cpu_attention=self._options.cpu_attention is not False,
+            cpu_attention=self.plan.cpu_attention > 0 or self.plan.gpu_attention is not None,
             lanes=LANES,
         )
-        page = PageShape(
-            self._shape.num_kv_heads, self.plan.page_tokens, self._shape.head_dim, getattr(torch, self.plan.dtype)
-        )
+        page = self._page_shape(self.plan)
         if self._kv is None:
             self._spill, self._kv = allocate_kv(
                 self.plan, page, self._shape.num_layers, routes, self._device, self._options
             )
+        store = None if adapters is None else self._adapters.store(adapters, self._kv, page, page.dtype)
         hidden_base = self.plan.kv_pages.get("disk", 0) * page.nbytes * self._shape.num_layers
-        return SweepRunner(
+        runner = SweepRunner(
             shape=self._shape,
             family=self._family,
             weights=self._weights,
@@ -269,16 +318,33 @@ class Engine:
             routes=routes,
             device=self._device,
             trace=self._trace,
+            adapters=store,
             delays=self._delays,
         )
+        return runner, store
 
-    def _queue(self, scheduler: Scheduler, requests: SequenceOf[TokenizedRequest]) -> Iterator[Result]:
+    def _lost(self, scheduler: Scheduler, store: AdapterStore) -> list[Result]:
+        """The rows of adapters that could not be read during the run."""
+        results = []
+        while store.failures:
+            name, error = store.failures.popitem()
+            for sequence in scheduler.drop(name):
+                sequence.finish_reason = "error"
+                results.append(self._failed(sequence.source, adapter_error(error)))
+        return results
+
+    def _queue(
+        self, scheduler: Scheduler, requests: SequenceOf[TokenizedRequest], adapters: AdapterRun | None
+    ) -> Iterator[Result]:
         """Queue what has to be computed; yield at once what has not: rows that ask for nothing, or that cannot fit."""
         waiting = [Sequence.of(request, self._shape.max_positions) for request in requests]
         # Longest first: whoever starts last should end soon, or the last sweeps carry a few rows only.
         waiting.sort(key=lambda sequence: sequence.prompt_len - sequence.limit)
         for sequence in waiting:
-            if not sequence.wants_tokens and not (sequence.scores_prompt and sequence.prompt_len > 1):
+            refused = self._adapters.refusal(sequence.adapter, adapters)
+            if refused is not None:
+                yield self._failed(sequence.source, refused)
+            elif not sequence.wants_tokens and not (sequence.scores_prompt and sequence.prompt_len > 1):
                 sequence.finish_reason = "length"
                 yield self._result(sequence, {})
             elif not scheduler.fits(sequence):

@@ -10,6 +10,7 @@ from torch import Tensor
 from flexbatch.kernels.attention import AttentionBatch, Span, prepare
 from flexbatch.kernels.paged import has_kernels, key_rows
 from flexbatch.kernels.rotary import RotaryTable
+from flexbatch.runtime.adapter_store import BoundAdapters
 from flexbatch.runtime.kv_moves import Staging
 from flexbatch.scheduler.sweep import MicroBatch
 
@@ -24,7 +25,7 @@ class MicroBatchState:
     ``x`` is the hidden state [T, hidden] where products run; ``raw`` its bytes in RAM while it travels
     (``leaving``: while a copy still reads them; ``host_parts``: those of q, k and v);
     ``hidden_offset`` its place on disk. ``staging`` says where its KV pages stand if they travel. ``qkv``, ``attended``
-    and ``rows`` (of the token embedding) live from one Step to the next.
+    and ``rows`` (of the token embedding) live from one Step to the next. ``adapters``: those that its rows name.
     """
 
     batch: MicroBatch
@@ -49,6 +50,7 @@ class MicroBatchState:
     rows: Tensor | None = None
     qkv: tuple[Tensor, Tensor, Tensor] | None = None
     attended: Tensor | None = None
+    adapters: BoundAdapters | None = None
     _key_rows: Tensor | None = None
 
     def hidden(self) -> Tensor:

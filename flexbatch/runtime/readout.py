@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 import torch
@@ -23,19 +24,19 @@ class _Wanted:
     target: int | None
 
 
-def read(state: MicroBatchState, head: Callable[[Tensor], Tensor], logit_rows: int) -> list[Readout]:
-    """Return one Readout a slice. ``head`` maps [R, hidden] to logits [R, vocab]; R is at most ``logit_rows``."""
+def read(state: MicroBatchState, head: Callable[[Tensor, SequenceOf[int]], Tensor], logit_rows: int) -> list[Readout]:
+    """Return one Readout a slice. ``head`` maps [R, hidden], rows of the hidden state, to logits [R, vocab].
+
+    R is at most ``logit_rows``; ``head`` is also told which rows they are.
+    """
     slices = state.batch.slices
     readouts = [Readout() for _ in slices]
     wanted = _wanted_rows(slices)
     hidden = state.hidden()
     for begin in range(0, len(wanted), logit_rows):
         rows = wanted[begin : begin + logit_rows]
-        logits = (
-            head(hidden.index_select(0, torch.tensor([row.row for row in rows], device=hidden.device)))
-            .float()
-            .contiguous()
-        )
+        numbers = [row.row for row in rows]
+        logits = head(hidden.index_select(0, torch.tensor(numbers, device=hidden.device)), numbers).float().contiguous()
         _choose(slices, rows, logits, readouts)
     return readouts
 

@@ -10,7 +10,7 @@ from flexbatch.memory.aligned import align_up
 from flexbatch.memory.kv import DiskPages, KVMemory, KVPool, PageShape
 from flexbatch.memory.spill import SpillFile
 from flexbatch.options import EngineOptions
-from flexbatch.policy.placement import LANES, Machine
+from flexbatch.policy.machine import LANES, Machine
 from flexbatch.policy.plan import Plan
 from flexbatch.runtime.cuda import pick_device
 from flexbatch.runtime.device import Device
@@ -68,7 +68,8 @@ def allocate_kv(
         if tier in pages
     }
     lane_bytes = max(plan.staged_pages.values(), default=0) * page.nbytes
-    on_gpu = routes.compute == "gpu" and not routes.cpu_attention and plan.staged_pages
+    streams = not routes.cpu_attention or plan.gpu_attention is not None
+    on_gpu = routes.compute == "gpu" and streams and plan.staged_pages
     return spill, KVMemory(
         shape=page,
         pools=pools,

@@ -6,9 +6,11 @@ It knows where things are; it does not know why these tokens were chosen or what
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
 from flexbatch.kernels.attention import attend
 from flexbatch.kernels.paged import store_paged
@@ -17,6 +19,7 @@ from flexbatch.memory.aligned import align_up
 from flexbatch.memory.kv import KVMemory
 from flexbatch.models.spec import Family
 from flexbatch.policy.plan import Plan
+from flexbatch.runtime.adapter_store import AdapterStore
 from flexbatch.runtime.context import BoundContext
 from flexbatch.runtime.device import Device
 from flexbatch.runtime.executor import Executor
@@ -58,6 +61,7 @@ class SweepRunner:
         routes: Routes,
         device: Device,
         trace: Trace,
+        adapters: AdapterStore | None = None,
         delays: Callable[[Step], float] | None = None,
     ) -> None:
         self._shape = shape
@@ -69,6 +73,7 @@ class SweepRunner:
         self._plan = plan
         self._windows = frozenset(shape.windows)
         self._dtype: torch.dtype = getattr(torch, plan.dtype)
+        self._adapters = adapters
         self._flight = _Flight()
         self._routes = routes
         self._device = device
@@ -93,6 +98,8 @@ class SweepRunner:
             "finish": self._finish,
             "head": self._head,
         }
+        if adapters is not None:
+            handlers |= {"adapter_read": adapters.read, "adapter_up": adapters.up}
         self._executor = Executor(handlers, device, trace, overlap=plan.overlap, delays=delays)
 
     def run(self, sweep: Sweep, *, more: bool) -> list[tuple[Slice, Readout]]:
@@ -102,6 +109,8 @@ class SweepRunner:
         """
         flight = _Flight()
         offset = 0
+        if self._adapters is not None:
+            self._adapters.begin(sweep.adapters)
         for batch in sweep.micro_batches:
             state = start(
                 batch,
@@ -114,6 +123,8 @@ class SweepRunner:
                 staging=self._kv.stage(batch),
                 attends=self._device.torch_device if self._routes.attends_on(batch) == "gpu" else _HOST,
             )
+            if self._adapters is not None:
+                state.adapters = self._adapters.bind(batch)
             offset += align_up(state.hidden_bytes)
             flight.states.append(state)
             flight.readouts.append([])
@@ -136,7 +147,10 @@ class SweepRunner:
         return self._flight.states[step.batch]
 
     def _context(self, step: Step, state: MicroBatchState) -> BoundContext:
-        return BoundContext(self._shape, state.positions, self._weights.group(step.group), state.rotation, state.rows)
+        weights = self._weights.group(step.group)
+        return BoundContext(
+            self._shape, state.positions, weights, state.rotation, state.rows, step.group, state.adapters
+        )
 
     def _gather(self, step: Step) -> None:
         state = self._state(step)
@@ -175,9 +189,12 @@ class SweepRunner:
     def _head(self, step: Step) -> None:
         state = self._state(step)
         context = self._context(step, state)
-        self._flight.readouts[step.batch] = read(
-            state, lambda rows: self._family.head(context, rows), self._plan.logit_rows
-        )
+
+        def head(x: Tensor, rows: SequenceOf[int]) -> Tensor:
+            adapters = None if context.adapters is None else context.adapters.select(rows)
+            return self._family.head(replace(context, adapters=adapters), x)
+
+        self._flight.readouts[step.batch] = read(state, head, self._plan.logit_rows)
         state.x = None
 
     def _kv_read(self, step: Step) -> None:

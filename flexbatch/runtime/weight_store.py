@@ -6,14 +6,15 @@ It carries out ``read``, ``upload`` and ``gather`` Steps; when they happen is th
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from flexbatch.checkpoint.tensors import DTYPES, Checkpoint, TensorEntry
-from flexbatch.errors import UsageError
+from flexbatch.kernels.linear import pack
 from flexbatch.memory.aligned import align_up
 from flexbatch.memory.direct import DirectReader, Extent, ReadPlan, plan_reads
 from flexbatch.memory.weights import GroupWeights, Operand
@@ -69,8 +70,10 @@ def unit_sizes(units: Sequence[Unit]) -> list[UnitSize]:
     last = max(unit.group for unit in units)
     seen: dict[str, UnitSize] = {}
     for unit in units:
-        groups = (unit.group,) if unit.key not in seen else (*seen[unit.key].groups, unit.group)
-        seen[unit.key] = UnitSize(unit.key, groups, unit.nbytes, unit.elements, unit.group in (0, last))
+        before = seen.get(unit.key)
+        groups = (unit.group,) if before is None else (*before.groups, unit.group)
+        table = unit.is_table or (before is not None and before.table)
+        seen[unit.key] = UnitSize(unit.key, groups, unit.nbytes, unit.elements, unit.group in (0, last), table)
     return list(seen.values())
 
 
@@ -103,11 +106,14 @@ class WeightStore:
         self._compute = compute
         self._on_gpu = device.compute == "gpu"
         self._resident: list[GroupWeights] = []
-        self._matrices: dict[str, Tensor] = {}
+        keys = Counter(unit.key for unit in units)
+        self._shared = {key for key, count in keys.items() if count > 1}
+        self._tables: dict[str, Tensor] = {}
         streamed = [unit for unit in units if not self._rests_at_compute(tiers[unit.key])]
-        self._table = next((unit for unit in streamed if unit.is_table), None)
+        table_unit = next((unit for unit in streamed if unit.is_table), None)
+        self._table = None if table_unit is None else _grounded(table_unit, checkpoint, tiers)
         self._table_tier = tiers[self._table.key] if self._table is not None else None
-        moving = [unit for unit in streamed if not unit.is_table]
+        moving = [_grounded(unit, checkpoint, tiers) for unit in streamed if not unit.is_table]
         resident = {(unit.group, unit.name) for unit in units} - {(unit.group, unit.name) for unit in streamed}
         for index, group in enumerate(table.groups):
             self._resident.append(self._load_resident(index, group, resident))
@@ -207,7 +213,7 @@ class WeightStore:
         for linear in group.linears:
             parts: tuple[Tensor, ...] = ()
             if (index, linear.name) in resident:
-                parts = (self._stacked(group, linear),)
+                parts = (self._operand(group, linear),)
             weights.linears[linear.name] = Operand(parts, self._bias(group, linear))
         for vector in group.vectors:
             name = group.prefix + vector.tensor
@@ -246,9 +252,11 @@ class WeightStore:
     def _matrix(self, name: str) -> Tensor:
         """A matrix that stands alone: an embedding, or a head, which may be the same stored tensor."""
         stored = self._checkpoint.entries[name].name
-        if stored not in self._matrices:
-            self._matrices[stored] = self._rest(self._read(name))
-        return self._matrices[stored]
+        if stored not in self._shared:
+            return self._rest(self._read(name))
+        if stored not in self._tables:
+            self._tables[stored] = self._rest(self._read(name))
+        return self._tables[stored]
 
     def _stacked(self, group: GroupSpec, linear: LinearSpec) -> Tensor:
         names = [f"{group.prefix}{part.module}.weight" for part in linear.parts]
@@ -263,6 +271,12 @@ class WeightStore:
             stacked[row : row + part.out_features] = stored.t() if linear.transposed else stored
             row += part.out_features
         return self._placed(stacked) if self._on_gpu else stacked
+
+    def _operand(self, group: GroupSpec, linear: LinearSpec) -> Tensor:
+        """A resident linear in the form its products read; a table of embeddings that is also a head stays a table."""
+        stacked = self._stacked(group, linear)
+        shared = any(stacked is table for table in self._tables.values())
+        return stacked if shared or self._on_gpu else pack(stacked)
 
     def _bias(self, group: GroupSpec, linear: LinearSpec) -> Tensor | None:
         if not linear.bias:
@@ -314,7 +328,13 @@ class _Stream:
         return found
 
 
+def _grounded(unit: Unit, checkpoint: Checkpoint, tiers: Mapping[str, str]) -> Unit:
+    """A unit that rests on disk, its entries such as lie in files; any other as it is."""
+    if tiers[unit.key] != "disk" or all(entry.path is not None for entry in unit.entries):
+        return unit
+    return replace(unit, entries=tuple(checkpoint.at_rest(entry) for entry in unit.entries))
+
+
 def _extent(entry: TensorEntry) -> Extent:
-    if entry.path is None:
-        raise UsageError("--dummy-weights: made-up weights cannot rest on disk; give --weights a disk share of 0")
+    assert entry.path is not None, f"{entry.name} rests on disk and lies in no file"
     return Extent(entry.path, entry.offset, entry.nbytes)

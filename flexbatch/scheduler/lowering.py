@@ -21,7 +21,8 @@ class Routes:
     ``compute``: where products run. ``reads``: groups with weights on disk; ``uploads``: groups with weights below the
     GPU. ``host_slots`` and ``gpu_slots`` buffers hold them on their way. ``gather``: what fetches rows of a token
     embedding that does not rest where products run (None: it does). ``cpu_attention``: whether KV that rests below the
-    GPU is attended to on the CPU. ``lanes``: micro-batches whose KV or hidden states are on their way at a time.
+    GPU is attended to on the CPU, unless its micro-batch says otherwise. ``lanes``: micro-batches whose KV or hidden
+    states are on their way at a time.
     """
 
     num_layers: int
@@ -38,11 +39,11 @@ class Routes:
         """Whether the pages of ``batch`` pass through a lane's buffer instead of being attended to where they rest."""
         if batch.kv == "disk":
             return True
-        return self.compute == "gpu" and batch.kv == "cpu" and not self.cpu_attention
+        return self.compute == "gpu" and batch.kv == "cpu" and (batch.streamed or not self.cpu_attention)
 
     def attends_on(self, batch: MicroBatch) -> Resource:
         """Which resource computes the attention of ``batch``."""
-        if self.compute == "gpu" and (batch.kv == "gpu" or not self.cpu_attention):
+        if self.compute == "gpu" and (batch.kv == "gpu" or batch.streamed or not self.cpu_attention):
             return "gpu"
         return "cpu"
 
@@ -75,8 +76,12 @@ class Lowerer:
     def __init__(self, routes: Routes) -> None:
         self._routes = routes
         self._next_id = 0
+        self._oldest = 0  # the first id of the sweep before: when a sweep begins, what is older is long done
+        self._first = 0  # of this sweep
         self._host = _Ring(routes.reads, routes.host_slots)
         self._gpu = _Ring(routes.uploads, routes.gpu_slots)
+        self._adapters: dict[int, tuple[int, ...]] = {}  # group -> what brings this sweep's adapters for it
+        self._fetched: tuple[int, ...] = ()  # the last sweep's read of adapters for later ones
         self._stored: dict[int, tuple[int, ...]] = {}  # layer group -> the last sweep's writes of KV pages
         self._lanes: deque[tuple[int, tuple[int, ...]]] = deque((lane, ()) for lane in range(routes.lanes))
         self._steps: list[Step] = []
@@ -87,10 +92,13 @@ class Lowerer:
 
         Every micro-batch passes a layer before the next layer starts, so a layer's weights are fetched once. Where
         attention waits for another resource, a micro-batch is finished after the next one is projected, so that the
-        two overlap. ``more``: another sweep follows, whose first weights may be fetched already.
+        two overlap; where the CPU attends to some and the GPU to others, the former after all of the latter. ``more``:
+        another sweep follows, whose first weights may be fetched already.
         """
         self._steps, self._until = [], set()
+        self._oldest, self._first = self._first, self._next_id
         flight = _Flight(self, sweep, self._routes)
+        self._move_adapters(sweep)
         self._fill(wrap=True)
         flight.embed()
         self._release(0, flight.newest)
@@ -99,21 +107,44 @@ class Lowerer:
         open_: deque[tuple[int, int]] = deque()
         for group in range(1, self._routes.num_layers + 1):
             for batch in flight.batches:
-                while open_ and (len(open_) > lag or not self._issued(group)):
+                alone = flight.mixed and batch not in flight.patient
+                while open_ and ((len(open_) > lag and not alone) or open_[0] == (group - 1, batch)):
+                    self._close(flight, *open_.popleft(), more=more)
+                while open_ and not self._issued(group):
                     self._close(flight, *open_.popleft(), more=more)
                 flight.front(group, batch)
-                open_.append((group, batch))
+                if alone:
+                    self._close(flight, group, batch, more=more)
+                else:
+                    open_.append((group, batch))
         while open_:
             self._close(flight, *open_.popleft(), more=more)
         flight.head()
         self._release(self._routes.num_layers + 1, flight.newest)
         self._fill(wrap=more)
+        if sweep.adapters.fetches:  # last, for this sweep does not wait for them
+            self._fetched = (self.add("adapter_read", "disk_read", 0, -1, 0, (), slot=1, prefetch=True),)
         return Lowered(self._steps, frozenset(self._until))
+
+    def _move_adapters(self, sweep: Sweep) -> None:
+        """Adapters from disk to RAM, all at once; on a GPU from there to their pages, group by group."""
+        moves = sweep.adapters
+        self._until.update(self._fetched)
+        arrived, self._fetched = self._fetched, ()
+        if moves.reads:
+            arrived = (*arrived, self.add("adapter_read", "disk_read", 0, -1, 0, ()))
+        self._adapters = {}
+        for group in range(self._routes.num_layers + 2):
+            if self._routes.compute == "gpu" and moves.uploads:
+                self._adapters[group] = (self.add("adapter_up", "h2d", group, -1, 0, arrived),)
+            elif arrived:
+                self._adapters[group] = arrived
 
     def _close(self, flight: _Flight, group: int, batch: int, *, more: bool) -> None:
         """Finish a micro-batch's layer; after the last one the layer's weights make room for others."""
         flight.back(group, batch)
-        if batch == flight.batches[-1]:
+        flight.closed[group] = flight.closed.get(group, 0) + 1
+        if flight.closed[group] == len(flight.batches):
             self._stored[group] = tuple(flight.written.pop(group, ()))
             self._release(group, flight.users)
             self._fill(wrap=more)
@@ -133,7 +164,7 @@ class Lowerer:
         prefetch: bool = False,
     ) -> int:
         """Append a Step and return its id."""
-        wait = tuple(sorted({step for step in after if step is not None}))
+        wait = tuple(sorted({step for step in after if step is not None and step >= self._oldest}))
         step = Step(self._next_id, kind, resource, group, batch, tokens, wait, slot)
         self._next_id += 1
         self._steps.append(step)
@@ -142,9 +173,10 @@ class Lowerer:
         return step.id
 
     def weights(self, group: int) -> list[int]:
-        """The ids after which the weights of ``group`` can be used."""
+        """The ids after which the weights of ``group`` can be used, and the adapters' parts of it."""
         ring = self._gpu if self._routes.compute == "gpu" else self._host
-        return [ring.ready[group][0]] if group in ring.ready else []
+        ready = [ring.ready[group][0]] if group in ring.ready else []
+        return [*ready, *self._adapters.get(group, ())]
 
     def _issued(self, group: int) -> bool:
         """Whether the weights of ``group`` are in a slot or on their way to one, or need none."""
@@ -215,6 +247,9 @@ class _Flight:
         self._last_attend: dict[int, int] = {}
         self._last_write: dict[int, int] = {}
         self._hidden_outs: list[int] = []
+        self.closed: dict[int, int] = {}  # layer group -> micro-batches that are finished there
+        self.patient = {place for place, batch in enumerate(sweep.micro_batches) if _elsewhere(routes, batch)}
+        self.mixed = 0 < len(self.patient) < len(sweep.micro_batches)
         self.waits = any(
             routes.staged_kv(batch) or batch.hidden != _resting(routes) or routes.attends_on(batch) != routes.compute
             for batch in sweep.micro_batches
@@ -235,7 +270,7 @@ class _Flight:
         piece = self._sweep.micro_batches[batch]
         attends = self._routes.attends_on(piece)
         staged = self._routes.staged_kv(piece)
-        pages: int | None = None
+        pages: tuple[int, ...] = ()
         slot = 0
         if staged:
             slot, free = self._lowerer.take_lane()
@@ -244,15 +279,18 @@ class _Flight:
         self._advance("project", self._routes.compute, group, batch, self._lowerer.weights(group))
         if attends != self._routes.compute:
             self._advance("qkv_down", "d2h", group, batch, ())
-        attended = self._advance("attend", attends, group, batch, (pages, self._before(batch)), slot=slot)
+        attended = self._advance("attend", attends, group, batch, (*pages, self._before(batch)), slot=slot)
         self._last_attend[batch] = attended
         if staged:
             self._lowerer.give_lane(slot, (self._pages_out(group, batch, attends, slot, attended),))
-        if attends != self._routes.compute:
-            self._advance("attended_up", "h2d", group, batch, ())
 
     def back(self, group: int, batch: int) -> None:
-        """What follows attention: the rest of the layer, and the hidden state's way back to where it waits."""
+        """What follows attention: its way up, the rest of the layer, and the hidden state's way back to where it waits.
+
+        On its way up it would hold back whatever came after it, so it is asked for only now.
+        """
+        if batch in self.patient:
+            self._advance("attended_up", "h2d", group, batch, ())
         self.users[batch] = self._advance("finish", self._routes.compute, group, batch, ())
         self._hidden_out(group, batch)
 
@@ -265,16 +303,22 @@ class _Flight:
 
     # --- parts ---------------------------------------------------------------------------------------------------
 
-    def _pages_in(self, group: int, batch: int, attends: Resource, slot: int, free: tuple[int, ...]) -> int | None:
-        """KV pages on their way to where they are attended to. Independent of the micro-batch's hidden state."""
+    def _pages_in(self, group: int, batch: int, attends: Resource, slot: int, free: tuple[int, ...]) -> tuple[int, ...]:
+        """KV pages on their way to where they are attended to, and the ids after which they are there.
+
+        Independent of the micro-batch's hidden state. Where no page holds anything yet, nothing has to travel, and
+        nothing may: an empty transfer would still wait in line behind the weights of the next layers.
+        """
         before = self._last_write.get(batch - 1) if self._continues(batch) else None
-        settled = (*self._lowerer.stored(group), before, *free)
-        newest: int | None = None
-        if self._sweep.micro_batches[batch].kv == "disk":
-            newest = self._add("kv_read", "disk_read", group, batch, settled, slot=slot)
+        ready = (*self._lowerer.stored(group), *free, *(() if before is None else (before,)))
+        piece = self._sweep.micro_batches[batch]
+        if all(part.start == 0 for part in piece.slices):
+            return ready
+        if piece.kv == "disk":
+            ready = (*ready, self._add("kv_read", "disk_read", group, batch, ready, slot=slot))
         if attends == "gpu":
-            newest = self._add("kv_up", "h2d", group, batch, (newest, *settled), slot=slot)
-        return newest
+            ready = (*ready, self._add("kv_up", "h2d", group, batch, ready, slot=slot))
+        return ready
 
     def _pages_out(self, group: int, batch: int, attends: Resource, slot: int, attended: int) -> int:
         """The pages that were written to, on their way back to where they rest."""
@@ -330,6 +374,11 @@ class _Flight:
     ) -> int:
         tokens = self._sweep.micro_batches[batch].tokens
         return self._lowerer.add(kind, resource, group, batch, tokens, after, slot=slot)
+
+
+def _elsewhere(routes: Routes, batch: MicroBatch) -> bool:
+    """Whether the attention of ``batch`` is not where products run, so that waiting for it leaves them idle."""
+    return routes.attends_on(batch) != routes.compute
 
 
 def _resting(routes: Routes) -> str:

@@ -7,19 +7,31 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from flexbatch.errors import InternalError
+from flexbatch.scheduler.adapters import AdapterCache
 from flexbatch.scheduler.pages import PageAllocator
 from flexbatch.scheduler.sequence import Sequence
 from flexbatch.scheduler.spread import Spread
-from flexbatch.scheduler.sweep import MicroBatch, Slice, Sweep, cut, pack_by_sequences, pack_by_tokens
+from flexbatch.scheduler.sweep import (
+    MicroBatch,
+    Slice,
+    Sweep,
+    cut,
+    pack_by_sequences,
+    pack_by_tokens,
+    part_by_attention,
+)
 
 if TYPE_CHECKING:
     from flexbatch.policy.plan import Plan
 
 _SAFETY = 1.25  # expected lengths are stretched by this before they are trusted
 _MEMORY = 32  # finished rows over which the expected length is averaged
+_LOOKAHEAD = 64  # waiting rows among which one is looked for whose adapter is at hand, and whose adapters are fetched
+_PATIENCE = 64  # rows that may be let pass the first one for that
 
 
 class Scheduler:
@@ -29,11 +41,23 @@ class Scheduler:
 
     ``expected_fraction`` is the share of its ``limit`` that a sequence is believed to reach; it starts at 1 (never
     preempt) and follows what finished rows did. Lengths believed too short end in preemption, not in failure.
+
+    ``adapters`` keeps the adapters of running sequences at hand, where there are any; on a GPU in pages of the same
+    pool. Rows whose adapter is at hand may pass a few whose adapter would push another one out.
     """
 
-    def __init__(self, plan: Plan, pages: Mapping[str, PageAllocator], *, expected_fraction: float = 1.0) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        pages: Mapping[str, PageAllocator],
+        *,
+        expected_fraction: float = 1.0,
+        adapters: AdapterCache | None = None,
+    ) -> None:
         self._plan = plan
         self._pages = pages
+        self._adapters = adapters
+        self._passed = 0
         self._hidden = Spread(plan.hidden)
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
@@ -55,8 +79,11 @@ class Scheduler:
             self._waiting.append(sequence)
 
     def fits(self, sequence: Sequence) -> bool:
-        """Whether some tier's whole pool could hold the sequence at its longest."""
-        return self._pages_for(sequence.cached_limit) <= max(pool.capacity for pool in self._pages.values())
+        """Whether some tier's whole pool could hold the sequence at its longest, and its adapter."""
+        if self._adapters is not None and sequence.adapter is not None and not self._adapters.fits(sequence.adapter):
+            return False
+        needed = self._pages_for(sequence.cached_limit)
+        return any(needed <= self._room_alone(tier, sequence) for tier in self._pages)
 
     def next_sweep(self) -> Sweep | None:
         """What to compute next, or None when nothing is left. Pages for it are allocated."""
@@ -66,7 +93,12 @@ class Scheduler:
                 raise InternalError(f"{len(self._running)} sequences run and none can go on")
             return None
         self._sweeps += 1
-        return Sweep(self._sweeps, tuple(self._pack(slices)))
+        batches = tuple(self._pack(slices))
+        if self._adapters is None:
+            return Sweep(self._sweeps, batches)
+        soon = (sequence.adapter for sequence in islice(self._waiting, _LOOKAHEAD))
+        self._adapters.fetch(name for name in soon if name is not None)
+        return Sweep(self._sweeps, batches, self._adapters.take_moves())
 
     @property
     def continues(self) -> bool:
@@ -79,11 +111,23 @@ class Scheduler:
         """Note that the KV of the sweep's tokens is stored."""
         for piece in sweep.slices:
             piece.sequence.computed = piece.stop
+        if self._adapters is not None:
+            self._adapters.computed()
+
+    def drop(self, adapter: str) -> list[Sequence]:
+        """Take out all sequences of an adapter that cannot be read, and return them."""
+        running = [sequence for sequence in self._running if sequence.adapter == adapter]
+        for sequence in running:
+            self._leave(sequence)
+        waiting = [sequence for sequence in self._waiting if sequence.adapter == adapter]
+        self._waiting = deque(sequence for sequence in self._waiting if sequence.adapter != adapter)
+        if self._adapters is not None:
+            self._adapters.drop(adapter)
+        return running + waiting
 
     def retire(self, sequence: Sequence) -> None:
         """A sequence is finished: its place and pages are free."""
-        self._running.remove(sequence)
-        self._pages[sequence.tier].release(sequence.pages)
+        self._leave(sequence)
         room = sequence.limit - sequence.prompt_len
         if room > 0:
             reached = min(1.0, _SAFETY * len(sequence.generated) / room)
@@ -94,14 +138,18 @@ class Scheduler:
     def _pack(self, slices: list[Slice]) -> Iterator[MicroBatch]:
         for tier in self._pages:
             at_home = [piece for piece in slices if piece.sequence.tier == tier]
-            if self._plan.schedule == "block":
-                packed = pack_by_sequences(at_home, self._plan.micro_batch_sequences)
-            else:
-                pages = self._plan.staged_pages.get(tier, self._pages[tier].capacity)
-                packed = pack_by_tokens(at_home, self._plan.micro_batch_tokens, pages, self._plan.page_tokens)
-            for pieces in packed:
-                tokens = sum(piece.count for piece in pieces)
-                yield MicroBatch(pieces, tier, self._hidden.choose(tokens))
+            for part, streamed in part_by_attention(at_home, tier, self._plan.gpu_attention):
+                for pieces in self._pack_part(part, tier, streamed):
+                    tokens = sum(piece.count for piece in pieces)
+                    yield MicroBatch(pieces, tier, self._hidden.choose(tokens), streamed)
+
+    def _pack_part(self, slices: list[Slice], tier: str, streamed: bool) -> list[tuple[Slice, ...]]:
+        plan = self._plan
+        staged = streamed or tier == "disk" or plan.gpu_attention is None
+        pages = plan.staged_pages.get(tier) if staged else None
+        if plan.schedule == "block":
+            return pack_by_sequences(slices, plan.micro_batch_sequences)
+        return pack_by_tokens(slices, plan.micro_batch_tokens, pages or self._pages[tier].capacity, plan.page_tokens)
 
     def _continuous_slices(self) -> list[Slice]:
         slices = self._decode_slices()
@@ -110,10 +158,11 @@ class Scheduler:
             if budget > 0 and sequence in self._running and not sequence.is_decoding:
                 budget -= self._prefill(sequence, budget, slices)
         while budget > 0 and self._waiting and len(self._running) < self._plan.max_sequences:
-            home = self._home_for(self._waiting[0])
-            if home is None:
+            place = self._next_place()
+            home = self._home_for(self._waiting[place])
+            if home is None or not self._acquire(self._waiting[place]):
                 break
-            computing = self._prefill(self._admit(home), budget, slices)
+            computing = self._prefill(self._admit(home, place), budget, slices)
             if computing == 0:
                 break
             budget -= computing
@@ -125,8 +174,11 @@ class Scheduler:
             left = {tier: pool.capacity for tier, pool in self._pages.items()}
             while self._waiting and len(self._running) < self._plan.max_sequences:
                 home = max(left, key=lambda tier: left[tier] / max(1, self._pages[tier].capacity))
-                left[home] -= self._pages_for(self._waiting[0].cached_limit)
-                if left[home] < 0:
+                first = self._waiting[0]
+                left[home] -= self._pages_for(first.cached_limit)
+                if "gpu" in left and self._adapters is not None and not self._adapters.is_pinned(first.adapter):
+                    left["gpu"] -= self._adapters.pages_of(first.adapter)
+                if min(left.values()) < 0 or not self._acquire(first):
                     break
                 self._admit(home)
         slices = self._decode_slices()
@@ -158,6 +210,8 @@ class Scheduler:
         needed = self._pages_for(tokens)
         expected = self._pages_for(self._expected_tokens(sequence))
         while not self._pages[sequence.tier].grow(sequence.pages, needed, expected):
+            if sequence.tier == "gpu" and self._adapters is not None and self._adapters.reclaim():
+                continue
             at_home = [other for other in self._running if other.tier == sequence.tier]
             youngest = max(at_home, key=lambda other: other.age)
             if spare is not None and (youngest is sequence or youngest.age in spare):
@@ -167,9 +221,14 @@ class Scheduler:
                 return False
         return True
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _leave(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
         self._pages[sequence.tier].release(sequence.pages)
+        if self._adapters is not None and sequence.adapter is not None:
+            self._adapters.release(sequence.adapter)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._leave(sequence)
         sequence.computed = 0
         sequence.age = -1
         sequence.preemptions += 1
@@ -178,8 +237,25 @@ class Scheduler:
 
     # --- admission ---------------------------------------------------------------------------------------------
 
-    def _admit(self, tier: str) -> Sequence:
-        sequence = self._waiting.popleft()
+    def _next_place(self) -> int:
+        """The place of the waiting row to admit next: the first, unless its adapter would push another one out.
+
+        Then one further back may go first, whose adapter is at hand; but the first lets only so many pass.
+        """
+        adapters = self._adapters
+        if adapters is None or self._passed >= _PATIENCE or not adapters.swaps(self._waiting[0].adapter):
+            return 0
+        ahead = enumerate(islice(self._waiting, _LOOKAHEAD))
+        return next((place for place, sequence in ahead if not adapters.swaps(sequence.adapter)), 0)
+
+    def _acquire(self, sequence: Sequence) -> bool:
+        """Have the adapter of a sequence that is about to be admitted."""
+        return self._adapters is None or sequence.adapter is None or self._adapters.acquire(sequence.adapter)
+
+    def _admit(self, tier: str, place: int = 0) -> Sequence:
+        sequence = self._waiting[place]
+        del self._waiting[place]
+        self._passed = self._passed + 1 if place else 0
         sequence.tier = tier
         sequence.age = self._admitted
         self._admitted += 1
@@ -202,11 +278,12 @@ class Scheduler:
         running there the candidate is admitted if it fits alone.
         """
         at_home = [sequence for sequence in self._running if sequence.tier == tier]
-        if not at_home:
-            return self._pages_for(candidate.cached_limit) <= self._pages[tier].capacity
-        fits_alone = self._pages_for(candidate.cached_limit) <= self._pages[tier].capacity
+        fits_alone = self._pages_for(candidate.cached_limit) <= self._room_alone(tier, candidate)
+        capacity = self._pages[tier].capacity - self._adapter_pages(tier, candidate)
+        if not at_home and capacity == self._room_alone(tier, candidate):
+            return fits_alone
         at_most = sum(self._pages_for(self._expected_tokens(sequence)) for sequence in (*at_home, candidate))
-        if at_most <= self._pages[tier].capacity:
+        if at_most <= capacity:
             return fits_alone
         ends = sorted(
             (self._expected_tokens(sequence) - len(sequence.tokens), len(sequence.tokens))
@@ -216,11 +293,23 @@ class Scheduler:
         alive = len(ends)
         for sweeps_left, tokens in ends:
             # Each sequence alive has one page that is partly filled.
-            if (length + sweeps_left * alive) // self._plan.page_tokens + alive > self._pages[tier].capacity:
+            if (length + sweeps_left * alive) // self._plan.page_tokens + alive > capacity:
                 return False
             length -= tokens
             alive -= 1
         return fits_alone
+
+    def _adapter_pages(self, tier: str, candidate: Sequence) -> int:
+        """Pages of ``tier`` that adapters hold while the candidate runs beside all others."""
+        if tier != "gpu" or self._adapters is None:
+            return 0
+        own = 0 if self._adapters.is_pinned(candidate.adapter) else self._adapters.pages_of(candidate.adapter)
+        return self._adapters.pinned_pages + own
+
+    def _room_alone(self, tier: str, candidate: Sequence) -> int:
+        """Pages of ``tier`` for the candidate's KV if nothing else runs."""
+        own = self._adapters.pages_of(candidate.adapter) if tier == "gpu" and self._adapters is not None else 0
+        return self._pages[tier].capacity - own
 
     def _expected_tokens(self, sequence: Sequence) -> int:
         grown = sequence.prompt_len + round((sequence.limit - sequence.prompt_len) * min(1.0, self._fraction))

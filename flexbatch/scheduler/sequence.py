@@ -49,6 +49,11 @@ class Sequence:
         return cls(source=source, limit=max(limit, prompt), tokens=list(source.token_ids))
 
     @property
+    def adapter(self) -> str | None:
+        """The name of its adapter; None: the base model."""
+        return self.source.request.lora
+
+    @property
     def prompt_len(self) -> int:
         """Tokens of the prompt."""
         return len(self.source.token_ids)

@@ -10,6 +10,8 @@ from flexbatch.options import Resource as Resource
 Kind = Literal[
     "read",  # weights of a group: disk -> host slot
     "upload",  # weights of a group: host -> GPU slot
+    "adapter_read",  # LoRA adapters: disk -> arena in RAM
+    "adapter_up",  # a group's part of adapters: arena -> pages on the GPU
     "gather",  # rows of the token embedding, from where the table rests
     "embed",
     "hidden_read",  # a waiting micro-batch's hidden state: disk -> host

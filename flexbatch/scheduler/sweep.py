@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
+from flexbatch.scheduler.adapters import NO_MOVES, AdapterMoves
 from flexbatch.scheduler.sequence import Sequence
 
 
@@ -40,11 +41,13 @@ class MicroBatch:
     """The ragged tokens that go through a layer together.
 
     ``kv`` is the tier on which all their KV rests, ``hidden`` the one where their hidden states wait between layers.
+    ``streamed``: the KV rests below the GPU, and comes there to be attended to.
     """
 
     slices: tuple[Slice, ...]
     kv: str = "cpu"
     hidden: str = "cpu"
+    streamed: bool = False
 
     @property
     def tokens(self) -> int:
@@ -54,10 +57,11 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """One pass over the layers."""
+    """One pass over the layers. ``adapters``: which LoRA adapters move before or during it."""
 
     number: int
     micro_batches: tuple[MicroBatch, ...]
+    adapters: AdapterMoves = NO_MOVES
 
     @property
     def slices(self) -> Iterable[Slice]:
@@ -100,6 +104,22 @@ def split(piece: Slice, count: int) -> tuple[Slice, Slice]:
         max(piece.score_to, middle),
     )
     return first, rest
+
+
+def part_by_attention(slices: SequenceOf[Slice], tier: str, gpu_share: float | None) -> list[tuple[list[Slice], bool]]:
+    """Part the slices at home on ``tier`` by where they are attended to; True: their pages come to the GPU for that.
+
+    With a ``gpu_share`` prompts below the GPU are attended to there, which takes no bytes up, and so is that share of
+    the decoding sequences, always the same ones; without, all of a tier go the way of the run.
+    """
+    if gpu_share is None or tier == "gpu":
+        return [(list(slices), False)]
+    parts: tuple[list[Slice], list[Slice], list[Slice]] = ([], [], [])
+    for piece in slices:
+        age = piece.sequence.age
+        streams = int((age + 1) * gpu_share) > int(age * gpu_share)
+        parts[2 if not piece.is_decode else 1 if streams else 0].append(piece)
+    return [(part, streamed) for part, streamed in zip(parts, (False, True, True), strict=True) if part]
 
 
 def pack_by_tokens(slices: SequenceOf[Slice], tokens: int, pages: int, page_tokens: int) -> list[tuple[Slice, ...]]:

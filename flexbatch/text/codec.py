@@ -10,8 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from flexbatch.checkpoint.gguf_file import read_gguf
 from flexbatch.errors import InputError, ModelError
 from flexbatch.text.chat import plain_messages
+from flexbatch.text.gguf_tokenizer import gguf_tokenizer, has_tokenizer
 from flexbatch.text.pieces import Pieces
 
 _FILE_SETS = (
@@ -34,10 +36,12 @@ class TextCodec:
 
     @classmethod
     def load(cls, path: Path) -> TextCodec:
-        """Read the tokenizer in the folder ``path``; nothing is fetched and no code of the model is run.
+        """Read the tokenizer in the folder (or GGUF file) ``path``; nothing is fetched, no code of the model is run.
 
         Raises ModelError when its files are missing or cannot be used.
         """
+        if path.is_file():
+            return cls(gguf_tokenizer(read_gguf(path)), str(path))
         if not any(all((path / name).is_file() for name in names) for names in _FILE_SETS):
             pair = [name for name in ("vocab.json", "merges.txt") if not (path / name).is_file()]
             missing = pair[0] if len(pair) == 1 else "tokenizer.json (or vocab.json and merges.txt, or tokenizer.model)"
@@ -55,7 +59,10 @@ class TextCodec:
 
     @classmethod
     def load_if_present(cls, path: Path) -> TextCodec | None:
-        """Read the tokenizer in the folder ``path``, or return None if it has none: token ids need none."""
+        """Read the tokenizer in the folder (or GGUF file) ``path``, or return None if it has none: ids need none."""
+        if path.is_file():
+            file = read_gguf(path)
+            return cls(gguf_tokenizer(file), str(path)) if has_tokenizer(file) else None
         return cls.load(path) if any(all((path / name).is_file() for name in names) for names in _FILE_SETS) else None
 
     @property

@@ -23,7 +23,7 @@ class Pieces:
         self._tokenizer = tokenizer
         self._added: dict[int, str] = {token: added.content for token, added in tokenizer.added_tokens_decoder.items()}
         parts = list(_decoders(tokenizer))
-        self._byte_level = _byte_alphabet() if any(part["type"] == "ByteLevel" for part in parts) else {}
+        self._byte_level = BYTE_ALPHABET if any(part["type"] == "ByteLevel" for part in parts) else {}
         self._byte_fallback = any(part["type"] == "ByteFallback" for part in parts)
         self._space = next(filter(None, map(_space_mark, parts)), "")
 
@@ -66,3 +66,7 @@ def _byte_alphabet() -> dict[str, int]:
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in set(printable)]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+BYTE_ALPHABET = _byte_alphabet()
+"""The character that stands for each byte in byte-level vocabularies."""

@@ -107,6 +107,8 @@ class FakeBackend(Backend):
     warnings: tuple[str, ...] = ()
     computed: list[str] = field(default_factory=list)
     options: list[EngineOptions] = field(default_factory=list)
+    adapters: list[dict[str, Path]] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
     closed: int = 0
 
     def locate(self, model: str, *, dummy: bool) -> ModelFolder:
@@ -118,6 +120,9 @@ class FakeBackend(Backend):
     def codec(self, folder: ModelFolder) -> TextCodec | None:
         return cast("TextCodec | None", self.tokenizer)
 
+    def refused_adapters(self, folder: ModelFolder, adapters: Mapping[str, Path]) -> dict[str, str]:
+        return {name: reason for name, reason in self.refused.items() if name in adapters}
+
     def engine(
         self,
         folder: ModelFolder,
@@ -127,7 +132,9 @@ class FakeBackend(Backend):
         progress: LoadProgress,
         *,
         trace: bool,
+        adapters: Mapping[str, Path],
     ) -> FakeEngine:
+        self.adapters.append(dict(adapters))
         self.options.append(options)
         progress("loading weights", 1, 1)
         return FakeEngine(options, self)
@@ -144,7 +151,7 @@ def answer(request: TokenizedRequest) -> Result:
     if params.logprobs is not None:
         logprobs = TokenLogprobs(tokens, (-1.0,) * len(tokens), ({},) * len(tokens))
     text = "".join(map(chr, tokens))
-    return Result(row.id, text, tokens, "length", len(request.token_ids), len(tokens), logprobs)
+    return Result(row.id, text, tokens, "length", len(request.token_ids), len(tokens), logprobs, lora=row.lora)
 
 
 def shape() -> ModelShape:

@@ -65,8 +65,8 @@ def test_forced_preemption_changes_nothing(family: str, tmp_path: Path, monkeypa
     rows = oracle(tmp_path, family, "plain", seed=2)
     requests = requests_of(rows)
     monkeypatch.setattr(engine_module, "Scheduler", functools.partial(Scheduler, expected_fraction=0.0))
-    monkeypatch.setattr("flexbatch.policy.placement.PAGE_TOKENS", 4)
-    monkeypatch.setattr("flexbatch.policy.placement._kv_pages", lambda *_: {"cpu": 30})
+    monkeypatch.setattr("flexbatch.policy.memory.PAGE_TOKENS", 4)
+    monkeypatch.setattr("flexbatch.policy.candidates.pages_of", lambda *_: {"cpu": 30})
     folder = locate(str(tmp_path))
     with Engine(folder, None, EngineOptions(device="cpu"), Workload.of(requests)) as engine:
         results = list(engine.run(requests))

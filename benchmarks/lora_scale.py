@@ -1,0 +1,247 @@
+"""Throughput over the number of LoRA adapters: ours, PEFT's mixed batches, and merging one adapter after the other.
+
+    python benchmarks/lora_scale.py make --model DIR --adapters DIR [--count 1000]     write random adapters
+    python benchmarks/lora_scale.py run --model DIR --adapters DIR --system flexbatch|peft|merge --counts 5,100
+    python benchmarks/lora_scale.py open --model DIR --adapters DIR                     time to open all of them
+
+As in S-LoRA's table: ranks 8, 16, 32 and 64 on q, k, v and o, a random adapter for each of 256 rows of 64 prompt and
+32 new tokens, fp32 on the CPU. ``run`` adds its figures to ``--output``, so that long measurements can be made in
+pieces; count 0 is the base model alone. ``extra_s`` of ours is what the products of the adapters and
+one pass over the factors for every decoding row cost at rates measured in the same process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import statistics
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors.torch import save_file
+
+from flexbatch import LLM, SamplingParams
+
+RANKS = (8, 16, 32, 64)
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def make(options: argparse.Namespace) -> None:
+    """Write ``--count`` adapters with random fp16 factors; the ranks take turns."""
+    config = json.loads((Path(options.model) / "config.json").read_text())
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    head = config.get("head_dim") or hidden // heads
+    out = {"q_proj": heads * head, "o_proj": hidden}
+    out |= dict.fromkeys(("k_proj", "v_proj"), config.get("num_key_value_heads", heads) * head)
+    into = {name: heads * head if name == "o_proj" else hidden for name in TARGETS}
+    generator = torch.Generator().manual_seed(0)
+    pool = torch.randn(2**24, generator=generator).half()
+    for number in range(options.count):
+        folder = options.adapters / f"a{number}"
+        if (folder / "adapter_model.safetensors").exists():
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        rank = RANKS[number % len(RANKS)]
+        tensors = {}
+        place = number * 7919
+        for layer in range(config["num_hidden_layers"]):
+            for name in TARGETS:
+                prefix = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+                for side, shape in (("A", (rank, into[name])), ("B", (out[name], rank))):
+                    count = math.prod(shape)
+                    place = (place + count) % (pool.numel() - count)
+                    scale = 0.3 / math.sqrt(shape[1])
+                    tensors[f"{prefix}.lora_{side}.weight"] = (pool[place : place + count] * scale).view(shape)
+        save_file(tensors, folder / "adapter_model.safetensors")
+        settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 2 * rank}
+        settings |= {"target_modules": list(TARGETS), "base_model_name_or_path": options.model, "bias": "none"}
+        (folder / "adapter_config.json").write_text(json.dumps(settings))
+
+
+def work(options: argparse.Namespace, count: int, vocab: int) -> tuple[list[list[int]], list[str | None]]:
+    """Prompts of random tokens, and the adapter of each."""
+    rng = random.Random(count)
+    prompts = [[rng.randrange(1000, vocab) for _ in range(options.prompt)] for _ in range(options.rows)]
+    return prompts, [f"a{rng.randrange(count)}" if count else None for _ in range(options.rows)]
+
+
+def run_flexbatch(options: argparse.Namespace, count: int) -> dict[str, Any]:
+    """A fresh process's throughput: reading the adapters is part of the time, loading the model is not."""
+    vocab = json.loads((Path(options.model) / "config.json").read_text())["vocab_size"]
+    prompts, names = work(options, count, vocab)
+    settings: dict[str, Any] = {"device": "cpu", "adapter_memory": options.adapter_memory}
+    params = SamplingParams(max_tokens=options.new, ignore_eos=True)
+    with LLM(options.model, lora_dir=options.adapters if count else None, **settings) as llm:
+        llm.generate(prompts[:2], SamplingParams(max_tokens=2, ignore_eos=True))
+        started, before = time.perf_counter(), llm.stats()
+        results = llm.generate(prompts, params, lora=names)
+        seconds = time.perf_counter() - started
+        stats = llm.stats()
+    assert all(result.completion_tokens == options.new for result in results)
+    steps = {name: stats["step_s"][name] - before["step_s"].get(name, 0.0) for name in stats["step_s"]}
+    return {
+        "seconds": seconds,
+        "tok_s": options.rows * options.new / seconds,
+        "distinct": len(set(names) - {None}),
+        "step_s": steps,
+        "adapters": {name: value for name, value in stats["adapters"].items() if name != "rows"},
+        "peak_bytes": stats["peak_bytes"]["cpu"],
+        "extra_s": extra_seconds(options, names),
+    }
+
+
+def extra_seconds(options: argparse.Namespace, names: list[str | None]) -> float:
+    """What adapters cost at measured rates: a pass over the factors for each new token, and the prompts' products."""
+    if not any(names):
+        return 0.0
+    numbers = torch.empty(2**26)
+    read = statistics.median(_timed(numbers.sum) for _ in range(3)) / numbers.nbytes
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    flop = statistics.median(_timed(lambda: a @ b) for _ in range(5)) / (2 * 1024**3)
+    total = 0.0
+    for name in names:
+        file = options.adapters / str(name) / "adapter_model.safetensors"
+        elements = file.stat().st_size / 2
+        total += options.new * elements * 4 * read + options.prompt * elements * 2 * flop
+    return total
+
+
+def _timed(function: Any) -> float:
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+def run_peft(options: argparse.Namespace, count: int) -> dict[str, Any]:
+    """PEFT's mixed-batch generation (``adapter_names``), at the batch size that is best on a part of the rows."""
+    model, names, prompts = _peft(options, count)
+
+    def generate(rows: range, batch: int) -> float:
+        started = time.perf_counter()
+        for begin in range(rows.start, rows.stop, batch):
+            part = slice(begin, min(begin + batch, rows.stop))
+            ids = torch.tensor(prompts[part])
+            model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), adapter_names=names[part], **_fixed(options)
+            )
+        return time.perf_counter() - started
+
+    trial = range(min(options.trial, options.rows))
+    sizes = [size for size in options.sizes if size <= len(trial)] or [len(trial)]
+    by_size = {size: generate(trial, size) for size in sizes} if len(sizes) > 1 else {}
+    best = min(by_size, key=lambda size: by_size[size]) if by_size else sizes[0]
+    rows = range(min(options.peft_rows, options.rows))
+    seconds = generate(rows, best)
+    return {"seconds": seconds, "rows": len(rows), "tok_s": len(rows) * options.new / seconds, "batch": best} | {
+        "trial_s": by_size
+    }
+
+
+def run_merge(options: argparse.Namespace, count: int) -> dict[str, Any]:
+    """One adapter after the other, merged into the weights and taken out again; its rows in one batch."""
+    model, names, prompts = _peft(options, count)
+    used = sorted(set(names))[: options.merges]
+    done = 0
+    started = time.perf_counter()
+    for name in used:
+        model.set_adapter(name)
+        model.merge_adapter()
+        own = [prompt for prompt, other in zip(prompts, names, strict=True) if other == name]
+        ids = torch.tensor(own)
+        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **_fixed(options))
+        model.unmerge_adapter()
+        done += len(own)
+    seconds = time.perf_counter() - started
+    return {"seconds": seconds, "rows": done, "tok_s": done * options.new / seconds}
+
+
+def _peft(options: argparse.Namespace, count: int) -> tuple[Any, list[str], list[list[int]]]:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    warnings.simplefilter("ignore")
+    torch.set_grad_enabled(False)
+    base = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
+    prompts, named = work(options, count, base.config.vocab_size)
+    names = [name or "__base__" for name in named]
+    limit = max(options.peft_rows, options.trial) if options.system == "peft" else options.rows
+    used = sorted(set(names[:limit]) - {"__base__"})
+    model: Any = base
+    for name in used:
+        folder = options.adapters / name
+        if model is base:
+            model = PeftModel.from_pretrained(base, folder, adapter_name=name)
+        else:
+            model.load_adapter(folder, adapter_name=name)
+    return model.eval(), names, prompts
+
+
+def _fixed(options: argparse.Namespace) -> dict[str, Any]:
+    return {"max_new_tokens": options.new, "min_new_tokens": options.new, "do_sample": False, "pad_token_id": 0}
+
+
+def open_all(options: argparse.Namespace) -> dict[str, Any]:
+    """Open every adapter in the folder: settings, headers, and their match with the base model."""
+    from flexbatch.checkpoint.locate import locate
+    from flexbatch.lora.folders import adapter_folders
+    from flexbatch.lora.reader import AdapterReader, open_adapters
+    from flexbatch.models.registry import family_of
+
+    shape = locate(options.model).shape
+    before = psutil.Process().memory_info().rss
+    started = time.perf_counter()
+    folders = adapter_folders([], options.adapters)
+    opened, failed = open_adapters(AdapterReader(family_of(shape).table(shape), shape.family), folders, folders)
+    seconds = time.perf_counter() - started
+    assert not failed
+    return {"adapters": len(opened), "seconds": seconds, "bytes": psutil.Process().memory_info().rss - before}
+
+
+def main() -> None:
+    """Do one of the three, and print or add to a JSON file what was measured."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("make", "run", "open"))
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--adapters", required=True, type=Path)
+    parser.add_argument("--system", choices=("flexbatch", "peft", "merge"), default="flexbatch")
+    parser.add_argument("--count", type=int, default=1000, help="adapters to make")
+    parser.add_argument("--counts", default="0,5,1000", help="numbers of adapters that rows choose from")
+    parser.add_argument("--rows", type=int, default=256)
+    parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--new", type=int, default=32)
+    parser.add_argument("--adapter-memory", help="the arena's size (default: as the plan has it)")
+    parser.add_argument("--sizes", type=lambda text: [int(size) for size in text.split(",")], default=[8, 32])
+    parser.add_argument("--trial", type=int, default=32, help="rows on which PEFT's batch sizes are tried")
+    parser.add_argument("--peft-rows", type=int, default=256, help="rows that PEFT is timed on")
+    parser.add_argument("--merges", type=int, default=16, help="adapters that merging is timed on")
+    parser.add_argument("--label", help="the name of the figures in the output (default: the system)")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    if options.what == "make":
+        make(options)
+        return
+    report: dict[str, Any] = {}
+    if options.output is not None and options.output.exists():
+        report = json.loads(options.output.read_text(encoding="utf-8"))
+    report["torch"], report["threads"] = torch.__version__, torch.get_num_threads()
+    if options.what == "open":
+        report["open"] = open_all(options)
+        print(json.dumps(report["open"], indent=1))
+    else:
+        runs = {"flexbatch": run_flexbatch, "peft": run_peft, "merge": run_merge}
+        for count in [int(text) for text in options.counts.split(",")]:
+            figures = runs[options.system](options, count)
+            report.setdefault(options.label or options.system, {})[str(count)] = figures
+            print(json.dumps({options.system: {count: figures}}, indent=1), flush=True)
+    if options.output is not None:
+        options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Tensors that are computed when they are read, from stored ones in another form: dequantized, reordered, transposed.
+
+Knows how such tensors stand beside those read in place, and where they are kept when they have to rest on disk; the
+forms themselves belong to each file format.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from flexbatch.checkpoint.safetensors import read_header, read_tensor, write_file
+from flexbatch.checkpoint.tensors import TensorEntry
+from flexbatch.checkpoint.torchbin import cache_folder, no_room
+from flexbatch.compression.groups import Packed
+from flexbatch.errors import ModelError
+
+
+class Recipe(Protocol):
+    """How one tensor of the table is made from what is stored."""
+
+    def make(self) -> torch.Tensor:
+        """Return the tensor as its entry says, in its own memory; ModelError where the stored bytes are damaged."""
+
+    def packed(self) -> Packed | None:
+        """Return the same values [out, in] in the group format, exactly, or None where it cannot hold them.
+
+        The order is [out, in] for tables that store [in, out], too.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class DerivedCheckpoint:
+    """Weights of which those in ``recipes`` (by entry name) are made when they are read; the others lie in files."""
+
+    entries: Mapping[str, TensorEntry]
+    fingerprint: str
+    recipes: Mapping[str, Recipe]
+    source: Path
+
+    def read(self, entry: TensorEntry) -> torch.Tensor:
+        """Return the tensor in its entry's dtype and its own memory."""
+        if entry.path is not None:
+            return read_tensor(entry)
+        tensor = self.recipes[entry.name].make()
+        assert tensor.shape == entry.shape, f"{entry.name}: {tensor.shape} is not {entry.shape}"
+        return tensor
+
+    def packed(self, entry: TensorEntry) -> Packed | None:
+        """Return the weight [out, in] in the group format without any loss, or None where that is not possible."""
+        recipe = self.recipes.get(entry.name) if entry.path is None else None
+        return None if recipe is None else recipe.packed()
+
+    def at_rest(self, entry: TensorEntry) -> TensorEntry:
+        """Return an entry of the same tensor that lies in a file: a made one is written to the user's cache, once.
+
+        Raises DoesNotFitError (disk) where the cache has no room.
+        """
+        if entry.path is not None:
+            return entry
+        folder = cache_folder() / "dequantized" / f"{self.source.stem[:40]}-{self._key()}"
+        target = folder / f"{entry.name}.safetensors"
+        try:
+            if not target.is_file():
+                folder.mkdir(parents=True, exist_ok=True)
+                free = shutil.disk_usage(folder).free
+                if free < entry.nbytes:
+                    raise no_room(folder, entry.nbytes - free, "dequantized")
+                partial = folder / f".{entry.name}.{os.getpid()}.partial"
+                try:
+                    write_file(partial, {entry.name: self.read(entry)})
+                    partial.replace(target)
+                finally:
+                    partial.unlink(missing_ok=True)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise no_room(folder, entry.nbytes, "dequantized") from error
+            raise ModelError(f"{folder}: dequantized weights cannot be kept: {error.strerror or error}") from error
+        kept = read_header(target).get(entry.name)
+        if kept is None or (kept.dtype, kept.shape) != (entry.dtype, entry.shape):
+            raise ModelError(f"{target}: it does not hold the tensor {entry.name} that was put there: remove the file")
+        return kept
+
+    def _key(self) -> str:
+        """Identify the source by path, size, time of change and what was read of it."""
+        files = sorted(self.source.glob("*.safetensors")) if self.source.is_dir() else [self.source]
+        lines = [self.fingerprint]
+        for file in files:
+            status = file.stat()
+            lines.append(f"{file.resolve()} {status.st_size} {status.st_mtime_ns}")
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:24]

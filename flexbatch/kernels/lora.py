@@ -1,0 +1,247 @@
+"""LoRA: adds ``scale * (x @ a.T) @ b.T`` of many adapters, of any ranks, to the rows of a product that name one.
+
+Rows without an adapter are never touched, and no rank is padded. Factors lie row by row (b transposed) in flat memory
+or in pages; which adapter lies where is the caller's knowledge.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+BACKENDS: dict[str, str] = {"cuda": "flexbatch.kernels.lora_triton"}
+"""Device type -> the module with its kernels, imported when first used (see ``LoraBackend``)."""
+
+_RUNS = 8  # of rows, up to which each is added on its own: adding to scattered rows is many times slower
+_FEW = 8  # rows of one adapter from which on products of their own are faster than the sparse ones of all adapters
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float32]
+
+
+@dataclass(slots=True)
+class RowGroups:
+    """The rows of a micro-batch that have an adapter, those of one adapter side by side. Adapters are numbers from 0.
+
+    ``order``: the rows in that order, first those of ``many``: (adapter, its first and last place in the order, the
+    latter not included), where an adapter has more than a few; then, in their own order, the few rows of all others,
+    ``owners`` being the adapter of each. ``runs``: (row, place in ``back``, rows) of unbroken runs of rows, where
+    ``back`` are the places of rows in the order; both only serve to write results fast.
+    """
+
+    order: Tensor
+    many: list[tuple[int, int, int]]
+    owners: Ints
+    runs: list[tuple[int, int, int]]
+    back: Tensor | None
+    _patterns: dict[bytes, _Pattern] = field(default_factory=dict)
+
+    @property
+    def first_few(self) -> int:
+        """Where in the order the few rows begin."""
+        return len(self.order) - len(self.owners)
+
+    def pattern(self, ranks: Ints) -> _Pattern:
+        """The places of the few rows' inner numbers, for adapters of these ``ranks`` [adapters]; found once."""
+        own = ranks[self.owners]
+        key = own.tobytes()
+        if key not in self._patterns:
+            self._patterns[key] = _Pattern.of(own, self.owners)
+        return self._patterns[key]
+
+    def take(self, x: Tensor) -> Tensor:
+        """X [T, in] -> its rows in the order [R, in]; a view where they lie like that."""
+        if self.back is None and len(self.runs) == 1:
+            row, _, count = self.runs[0]
+            return x[row : row + count]
+        return x.index_select(0, self.order.to(x.device))
+
+    def give(self, y: Tensor, delta: Tensor) -> None:
+        """Add ``delta`` [R, out], in the order, to the rows of y [T, out]."""
+        if len(self.runs) > _RUNS:
+            y.index_add_(0, self.order.to(y.device), delta)
+            return
+        sorted_ = delta if self.back is None else delta.index_select(0, self.back.to(y.device))
+        for row, place, count in self.runs:
+            y[row : row + count].add_(sorted_[place : place + count])
+
+
+@dataclass(frozen=True, slots=True)
+class _Pattern:
+    """N inner numbers of R rows, row by row. ``starts`` int64 [R + 1]: where each row's begin.
+
+    ``owners`` [N]: their adapter; ``steps`` [N]: their place within its rank.
+    """
+
+    starts: Tensor
+    owners: Ints
+    steps: Ints
+
+    @classmethod
+    def of(cls, ranks: Ints, owners: Ints) -> _Pattern:
+        starts = np.concatenate(([0], np.cumsum(ranks)))
+        steps = np.arange(starts[-1]) - np.repeat(starts[:-1], ranks)
+        return cls(torch.from_numpy(starts), np.repeat(owners, ranks), steps)
+
+    def columns(self, firsts: Ints) -> Tensor:
+        """Rows of a matrix of factors, int64 [N], where those of each adapter begin at ``firsts`` [adapters]."""
+        return torch.from_numpy(firsts[self.owners] + self.steps)
+
+
+@dataclass(frozen=True, slots=True)
+class FlatFactors:
+    """One module's factors of several adapters in flat memory.
+
+    ``a`` [*, in] and ``b`` [*, out] are all of it, seen as rows; adapter i has ``ranks[i]`` of them (0: nothing for
+    this module) from ``a_rows[i]`` and ``b_rows[i]`` on.
+    """
+
+    a: Tensor
+    b: Tensor
+    ranks: Ints
+    scales: Floats
+    a_rows: Ints
+    b_rows: Ints
+
+
+@dataclass(frozen=True, slots=True)
+class PagedFactors:
+    """One module's factors of several adapters in pages.
+
+    ``pool`` [pages, P] are all of a layer's numbers; ``tables`` int32 [adapters, M] the pages of each adapter, in which
+    its numbers lie end to end: a [rank, in] from ``a_starts[i]`` on, b transposed [rank, out] from ``b_starts[i]`` on.
+    """
+
+    pool: Tensor
+    tables: Tensor
+    ranks: Ints
+    scales: Floats
+    a_starts: Ints
+    b_starts: Ints
+
+
+class LoraBackend(Protocol):
+    """What a module named in ``BACKENDS`` offers."""
+
+    def add_paged(self, y: Tensor, x: Tensor, groups: RowGroups, factors: PagedFactors) -> None:
+        """See ``add_paged``."""
+
+
+def group_rows(spans: Sequence[tuple[int, int, int]], *, few: int = _FEW) -> RowGroups:
+    """Group rows by adapter. ``spans``: (first row, rows, adapter) in the order of rows, those without one left out."""
+    counts: dict[int, int] = {}
+    for _, count, adapter in spans:
+        counts[adapter] = counts.get(adapter, 0) + count
+    rows = np.concatenate([np.arange(first, first + count) for first, count, _ in spans] or [np.zeros(0, np.int64)])
+    owners = np.repeat([adapter for _, _, adapter in spans], [count for _, count, _ in spans]).astype(np.int64)
+    large = [adapter for adapter, count in counts.items() if count >= few]
+    rank = {adapter: place for place, adapter in enumerate(large)}
+    keys = np.array([rank.get(adapter, len(large)) for adapter in owners.tolist()], dtype=np.int64)
+    places = np.argsort(keys, kind="stable")
+    many: list[tuple[int, int, int]] = []
+    place = 0
+    for adapter in large:
+        many.append((adapter, place, place + counts[adapter]))
+        place += counts[adapter]
+    breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+    starts = [0, *breaks.tolist()] if len(rows) else []
+    runs = [
+        (int(rows[start]), start, stop - start) for start, stop in zip(starts, [*starts[1:], len(rows)], strict=False)
+    ]
+    in_place = bool((places == np.arange(len(places))).all())
+    back = None if in_place else torch.from_numpy(np.argsort(places, kind="stable"))
+    return RowGroups(torch.from_numpy(rows[places]), many, owners[places][place:], runs, back)
+
+
+def add_flat(y: Tensor, x: Tensor, groups: RowGroups, factors: FlatFactors) -> None:
+    """Add to the rows of y [T, out] what their adapters make of those of x [T, in], in place.
+
+    Both are fp32 on the CPU. Factors are read where they are: an adapter's few rows cost one pass over its factors,
+    all adapters together two calls; where it has many rows, two products of its own.
+    """
+    if not len(groups.order):
+        return
+    own = groups.take(x)
+    delta = torch.empty(own.shape[0], y.shape[1])
+    for adapter, first, stop in groups.many:
+        rank = int(factors.ranks[adapter])
+        a = factors.a[int(factors.a_rows[adapter]) :][:rank]
+        b = factors.b[int(factors.b_rows[adapter]) :][:rank]
+        torch.mm((own[first:stop] @ a.t()).mul_(float(factors.scales[adapter])), b, out=delta[first:stop])
+    if len(groups.owners):
+        delta[groups.first_few :] = _few(own[groups.first_few :], groups, factors)
+    groups.give(y, delta)
+
+
+def _few(own: Tensor, groups: RowGroups, factors: FlatFactors) -> Tensor:
+    """What the adapters of the few rows make of them, [R, out]."""
+    pattern = groups.pattern(factors.ranks)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # sparse tensors announce that they are new
+        wanted = torch.sparse_csr_tensor(
+            pattern.starts,
+            pattern.columns(factors.a_rows),
+            torch.zeros(len(pattern.steps)),
+            size=(own.shape[0], factors.a.shape[0]),
+            check_invariants=False,
+        )
+    # only the wanted products of x and a, then sums of the rows of b that they weigh
+    inner = torch.sparse.sampled_addmm(wanted, own, factors.a.t(), beta=0.0).values()
+    inner.mul_(torch.from_numpy(factors.scales[pattern.owners]))
+    return functional.embedding_bag(
+        pattern.columns(factors.b_rows),
+        factors.b,
+        pattern.starts,
+        mode="sum",
+        per_sample_weights=inner,
+        include_last_offset=True,
+    )
+
+
+def add_paged(y: Tensor, x: Tensor, groups: RowGroups, factors: PagedFactors) -> None:
+    """The same with factors in pages, in any floating type; sums are fp32 where the device has kernels."""
+    if x.device.type in BACKENDS:
+        _backend(x.device.type).add_paged(y, x, groups, factors)
+    else:
+        add_paged_reference(y, x, groups, factors)
+
+
+def add_paged_reference(y: Tensor, x: Tensor, groups: RowGroups, factors: PagedFactors) -> None:
+    """What kernels over pages have to give: an adapter's numbers are laid end to end, then multiplied."""
+    if not len(groups.order):
+        return
+    own = groups.take(x)
+    delta = torch.zeros(own.shape[0], y.shape[1], dtype=y.dtype, device=y.device)
+    few = groups.first_few
+    singles = [(int(adapter), few + place, few + place + 1) for place, adapter in enumerate(groups.owners)]
+    for adapter, first, stop in (*groups.many, *singles):
+        rank = int(factors.ranks[adapter])
+        if rank:
+            laid = _laid(factors, adapter).to(x.dtype)
+            a = laid[int(factors.a_starts[adapter]) :][: rank * x.shape[1]].view(rank, -1)
+            b = laid[int(factors.b_starts[adapter]) :][: rank * y.shape[1]].view(rank, -1)
+            delta[first:stop] = (own[first:stop] @ a.t()).mul_(float(factors.scales[adapter])) @ b
+    groups.give(y, delta)
+
+
+def _laid(factors: PagedFactors, adapter: int) -> Tensor:
+    pages = factors.tables[adapter].tolist()
+    if pages == list(range(pages[0], pages[0] + len(pages))):
+        return factors.pool[pages[0] : pages[0] + len(pages)].view(-1)
+    return factors.pool[factors.tables[adapter].long()].view(-1)
+
+
+@functools.cache
+def _backend(device_type: str) -> LoraBackend:
+    module: Any = importlib.import_module(BACKENDS[device_type])
+    return cast(LoraBackend, module)

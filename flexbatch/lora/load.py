@@ -1,0 +1,66 @@
+"""Reads the factors of an adapter from its file to where they are to lie, widened on the way. Knows no layout."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from flexbatch.checkpoint.tensors import DTYPES
+from flexbatch.lora.adapter import Adapter, AdapterPart, Factor, UnreadableAdapterError
+
+Place = Callable[[AdapterPart], tuple[Tensor, Tensor]]
+
+
+class FactorReader:
+    """Reads one adapter after the other through one buffer as large as the largest file's factors."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self.bytes_read = 0
+
+    def read(self, adapter: Adapter, place: Place) -> None:
+        """Fill a [rank, in] and b transposed [rank, out] of every part, which ``place`` gives.
+
+        Raises UnreadableAdapterError where the file has changed since it was opened, is cut short, or holds a number
+        that is not finite.
+        """
+        factors = [factor for part in adapter.parts for factor in (part.a, part.b)]
+        begin = min(factor.offset for factor in factors)
+        end = max(factor.offset + factor.nbytes for factor in factors)
+        if self._buffer.numel() < end - begin:
+            self._buffer = torch.empty(end - begin, dtype=torch.uint8)
+        self._fill(adapter, begin, end)
+        for part in adapter.parts:
+            a, b = place(part)
+            a.copy_(self._view(part.a, begin))
+            b.copy_(self._view(part.b, begin).t())
+
+    def _fill(self, adapter: Adapter, begin: int, end: int) -> None:
+        target = self._buffer.numpy().data
+        done = 0
+        try:
+            descriptor = os.open(adapter.file, os.O_RDONLY)
+            try:
+                if os.fstat(descriptor).st_size != adapter.size:
+                    raise UnreadableAdapterError(f"adapter {adapter.file}: the file has changed since it was opened")
+                while done < end - begin:
+                    count = os.preadv(descriptor, [target[done : end - begin]], begin + done)
+                    if count == 0:
+                        raise UnreadableAdapterError(f"adapter {adapter.file}: the file ends early: fetch it again")
+                    done += count
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            reason = error.strerror or error
+            raise UnreadableAdapterError(f"adapter {adapter.file}: cannot be read: {reason}") from error
+        self.bytes_read += done
+
+    def _view(self, factor: Factor, begin: int) -> Tensor:
+        raw = self._buffer[factor.offset - begin : factor.offset - begin + factor.nbytes]
+        dtype = DTYPES[factor.dtype]
+        if (factor.offset - begin) % dtype.itemsize:
+            raw = raw.clone()  # a file whose tensors do not lie at whole elements
+        return raw.view(dtype).view(factor.shape)

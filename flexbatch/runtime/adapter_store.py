@@ -1,0 +1,297 @@
+"""The adapters of a run where products read them: an arena in RAM and, on a GPU, pages of the pool that KV lies in.
+
+Carries out ``adapter_read`` and ``adapter_up`` Steps, and binds the adapters of a micro-batch to its products. Which
+adapter is where is the scheduler's decision (``scheduler.adapters``).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from flexbatch.errors import AdapterError
+from flexbatch.lora.adapter import Adapter, AdapterPart, UnreadableAdapterError
+from flexbatch.lora.layout import FlatLayout, ImageLayout, ModuleIndex
+from flexbatch.lora.load import FactorReader, Place
+from flexbatch.memory.kv import KVPool
+from flexbatch.runtime.adapter_rows import AdapterRows
+from flexbatch.runtime.adapter_tables import FlatTable, Kinds, PagedTable
+from flexbatch.runtime.device import Device
+from flexbatch.scheduler.adapters import AdapterCache, AdapterMoves, AdapterSize
+from flexbatch.scheduler.steps import Step
+from flexbatch.scheduler.sweep import MicroBatch
+
+_ALIGNMENT = 64
+
+
+class BoundAdapters(Protocol):
+    """The adapters of a micro-batch, found in memory."""
+
+    def add(self, group: int, linear: str, x: Tensor, y: Tensor) -> None:
+        """Add what the adapters make of x [T, in] to y [T, out], the product of a linear of the base model."""
+
+    def select(self, rows: Sequence[int]) -> BoundAdapters | None:
+        """The same for a choice of the micro-batch's rows, in that order; None if no adapter is among them."""
+
+
+class AdapterStore(Protocol):
+    """What a run needs of its adapters' memory."""
+
+    failures: dict[str, AdapterError]
+    """Adapters that could not be read when they were needed; their factors are zeros."""
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of adapters that were read from disk."""
+
+    def begin(self, moves: AdapterMoves) -> None:
+        """Note what the sweep that follows moves, in the order of its Steps."""
+
+    def read(self, step: Step) -> None:
+        """Disk to arena."""
+
+    def up(self, step: Step) -> None:
+        """A group's part from the arena to the GPU's pages."""
+
+    def bind(self, batch: MicroBatch) -> BoundAdapters | None:
+        """The adapters of a micro-batch's rows; None if all are of the base model."""
+
+
+class FlatStore:
+    """On a CPU products read the arena itself: uint8 ``arena``, numbers in fp32."""
+
+    dtype = torch.float32
+
+    def __init__(self, adapters: Mapping[str, Adapter], index: ModuleIndex, cache: AdapterCache, arena: Tensor) -> None:
+        self._adapters = adapters
+        self._index = index
+        self._cache = cache
+        self._flat = arena.view(self.dtype)
+        self._rows = {
+            width: self._flat[: self._flat.numel() // width * width].view(-1, width) for width in index.widths
+        }
+        self._kinds = Kinds(FlatLayout, index)
+        self._files = _Files(adapters)
+        self.failures = self._files.failures
+
+    @staticmethod
+    def size(adapter: Adapter, index: ModuleIndex) -> AdapterSize:
+        """What an adapter takes."""
+        layout = FlatLayout.of(adapter.parts, index)
+        return AdapterSize(_aligned(layout.elements * FlatStore.dtype.itemsize))
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of adapters that were read from disk."""
+        return self._files.bytes_read
+
+    def begin(self, moves: AdapterMoves) -> None:
+        """Note where what is read comes to lie."""
+        for names in (moves.reads, moves.fetches):
+            self._files.queue([(name, self._start(name)) for name in names])
+
+    def read(self, step: Step) -> None:  # noqa: ARG002  the same for all
+        """Disk to arena."""
+        self._files.read(self._place, self._region)
+
+    def up(self, step: Step) -> None:
+        """Nothing: the arena is the pool."""
+
+    def bind(self, batch: MicroBatch) -> BoundAdapters | None:
+        """The adapters of a micro-batch's rows; None if all are of the base model."""
+        rows = AdapterRows.of(batch)
+        if rows is None:
+            return None
+        parts = [self._adapters[name].parts for name in rows.names]
+        bases = [self._kinds.layout(own).bases(self._start(name), self._index) for name, own in _zip(rows.names, parts)]
+        return FlatTable(rows, self._index, self._kinds.gather(parts), bases, self._rows)
+
+    def _start(self, name: str) -> int:
+        return self._cache.start(name) // self.dtype.itemsize
+
+    def _region(self, name: str, start: int) -> Tensor:
+        return self._flat[start : start + self._kinds.layout(self._adapters[name].parts).elements]
+
+    def _place(self, name: str, start: int) -> Place:
+        layout = self._kinds.layout(self._adapters[name].parts)
+        bases = layout.bases(start, self._index)
+        widths = self._index.widths
+
+        def place(part: AdapterPart) -> tuple[Tensor, Tensor]:
+            number = self._index.number[part.module.name]
+            into, out = part.module.in_features, part.module.out_features
+            a = int(bases[widths.index(into)] + layout.a_rows[number])
+            b = int(bases[widths.index(out)] + layout.b_rows[number])
+            return self._rows[into][a : a + part.rank], self._rows[out][b : b + part.rank]
+
+        return place
+
+
+class PagedStore:
+    """With a GPU tier: images in the arena, and pages of ``pool``, in ``dtype``.
+
+    A layer's image fills an adapter's first pages in that layer. Those of the embedding and the head are cut into
+    pieces of a page that follow in the layers' further pages, one a layer.
+    """
+
+    def __init__(
+        self,
+        adapters: Mapping[str, Adapter],
+        index: ModuleIndex,
+        cache: AdapterCache,
+        arena: Tensor,
+        pool: KVPool,
+        device: Device,
+        dtype: torch.dtype,
+    ) -> None:
+        self._adapters = adapters
+        self._index = index
+        self._cache = cache
+        self._dtype = dtype
+        self._flat = arena.view(dtype)
+        self._pages = [pool.raw(layer).view(dtype) for layer in range(index.groups - 2)]  # [pages, P] each
+        self._device = device
+        self._kinds = Kinds(ImageLayout, index)
+        self._files = _Files(adapters)
+        self._uploads: list[tuple[ImageLayout, int, list[int]]] = []
+        self.failures = self._files.failures
+
+    @staticmethod
+    def size(adapter: Adapter, index: ModuleIndex, page_bytes: int, dtype: torch.dtype) -> AdapterSize:
+        """What an adapter takes."""
+        layout = ImageLayout.of(adapter.parts, index)
+        numbers = page_bytes // dtype.itemsize
+        layers, edges = _page_counts(layout, numbers)
+        return AdapterSize(_aligned(layout.elements * dtype.itemsize), layers + -(-edges // (index.groups - 2)))
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of adapters that were read from disk."""
+        return self._files.bytes_read
+
+    def begin(self, moves: AdapterMoves) -> None:
+        """Note where what is read comes to lie, and which pages are filled; forget what KV could be taken for."""
+        for names in (moves.reads, moves.fetches):
+            self._files.queue([(name, self._start(name)) for name in names])
+        self._uploads = [
+            (self._kinds.layout(self._adapters[name].parts), self._start(name), list(self._cache.pages(name)))
+            for name in moves.uploads
+        ]
+        if moves.clears:
+            with self._device.lane(self._device.compute):
+                pages = torch.tensor(moves.clears, device=self._device.torch_device)
+                for layer in self._pages:
+                    layer.index_fill_(0, pages, 0)
+
+    def read(self, step: Step) -> None:  # noqa: ARG002  the same for all
+        """Disk to arena."""
+        self._files.read(self._place, self._region)
+
+    def up(self, step: Step) -> None:
+        """A group's images from the arena to their pages."""
+        for layout, start, pages in self._uploads:
+            begin = start + int(layout.starts[step.group])
+            size = layout.size(step.group)
+            for piece, place in enumerate(self._places(layout, step.group, pages)):
+                first = piece * place.numel()
+                count = min(place.numel(), size - first)
+                self._device.copy(place[:count], self._flat[begin + first : begin + first + count], "h2d")
+
+    def bind(self, batch: MicroBatch) -> BoundAdapters | None:
+        """The adapters of a micro-batch's rows; None if all are of the base model."""
+        rows = AdapterRows.of(batch)
+        if rows is None:
+            return None
+        parts = [self._adapters[name].parts for name in rows.names]
+        pages = [list(self._cache.pages(name)) for name in rows.names]
+        layouts = [self._kinds.layout(own) for own in parts]
+        return PagedTable(rows, self._index, self._kinds.gather(parts), pages, self._pages, layouts, self._edge)
+
+    def _places(self, layout: ImageLayout, group: int, pages: list[int]) -> list[Tensor]:
+        """The pieces of pages that a group's image fills, in order."""
+        numbers = self._pages[0].shape[1]
+        count = -(-layout.size(group) // numbers)
+        if 0 < group < self._index.groups - 1:
+            return [self._pages[group - 1][page] for page in pages[:count]]
+        layers, _ = _page_counts(layout, numbers)
+        before = 0 if group == 0 else -(-layout.size(0) // numbers)
+        where = [divmod(before + piece, len(self._pages)) for piece in range(count)]
+        return [self._pages[layer][pages[layers + page]] for page, layer in where]
+
+    def _edge(self, layout: ImageLayout, group: int, pages: list[int]) -> Tensor:
+        """The image of the embedding or the head, gathered from its pieces."""
+        return torch.cat(self._places(layout, group, pages))
+
+    def _start(self, name: str) -> int:
+        return self._cache.start(name) // self._dtype.itemsize
+
+    def _region(self, name: str, start: int) -> Tensor:
+        return self._flat[start : start + self._kinds.layout(self._adapters[name].parts).elements]
+
+    def _place(self, name: str, start: int) -> Place:
+        layout = self._kinds.layout(self._adapters[name].parts)
+
+        def place(part: AdapterPart) -> tuple[Tensor, Tensor]:
+            number = self._index.number[part.module.name]
+            into, out = part.rank * part.module.in_features, part.rank * part.module.out_features
+            begin = start + int(layout.starts[part.module.group])
+            a, b = begin + int(layout.a_starts[number]), begin + int(layout.b_starts[number])
+            return self._flat[a : a + into].view(part.rank, -1), self._flat[b : b + out].view(part.rank, -1)
+
+        return place
+
+
+class _Files:
+    """Reads adapters in the order in which they were queued, one Step a batch of them."""
+
+    def __init__(self, adapters: Mapping[str, Adapter]) -> None:
+        self._adapters = adapters
+        self._reader = FactorReader()
+        self._batches: deque[list[tuple[str, int]]] = deque()
+        self.failures: dict[str, AdapterError] = {}
+
+    @property
+    def bytes_read(self) -> int:
+        return self._reader.bytes_read
+
+    def queue(self, batch: list[tuple[str, int]]) -> None:
+        if batch:
+            self._batches.append(batch)
+
+    def read(self, place: _PlaceOf, region: _RegionOf) -> None:
+        for name, start in self._batches.popleft():
+            try:
+                self._reader.read(self._adapters[name], place(name, start))
+                if not bool(region(name, start).float().sum().isfinite()):
+                    file = self._adapters[name].file
+                    raise UnreadableAdapterError(f"adapter {file}: holds numbers that are not finite")
+            except AdapterError as error:
+                region(name, start).zero_()
+                self.failures[name] = error
+
+
+class _PlaceOf(Protocol):
+    def __call__(self, name: str, start: int) -> Place: ...
+
+
+class _RegionOf(Protocol):
+    def __call__(self, name: str, start: int) -> Tensor: ...
+
+
+def _page_counts(layout: ImageLayout, numbers: int) -> tuple[int, int]:
+    """Pages of the largest layer's image, and pieces of pages that the embedding's and the head's fill."""
+    groups = len(layout.starts) - 1
+    layers = max((-(-layout.size(group) // numbers) for group in range(1, groups - 1)), default=0)
+    return layers, sum(-(-layout.size(group) // numbers) for group in (0, groups - 1))
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def _zip(names: Sequence[str], parts: Sequence[tuple[AdapterPart, ...]]) -> list[tuple[str, tuple[AdapterPart, ...]]]:
+    return list(zip(names, parts, strict=True))

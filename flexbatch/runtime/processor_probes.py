@@ -1,0 +1,216 @@
+"""What is measured of a processor: products by rows and type, widening, attention over paged KV, what a Step costs.
+
+Everything runs through the kernels and the executor of real runs, on weights and pages that are not in a cache.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flexbatch.kernels.attention import Span, attend, prepare
+from flexbatch.kernels.linear import linear, pack
+from flexbatch.kernels.norms import rms_norm
+from flexbatch.memory.kv import PageShape
+from flexbatch.runtime.device import Device
+from flexbatch.runtime.executor import Executor
+from flexbatch.runtime.probes import Probe, Sampler, Stopwatch
+from flexbatch.runtime.trace import Trace
+from flexbatch.scheduler.steps import Resource, Step
+
+WIDENED_ROWS = 64  # enough that reading weights does not hide what widening costs, few enough that it shows
+_HEAD_DIM, _KV_HEADS, _GROUP = 128, 8, 4
+_CONTEXT, _PAGE_TOKENS, _MOST_SEQUENCES = 512, 64, 64
+_STEPS, _STEP_WIDTH = 64, 64
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """A processor to measure: ``tier`` names its figures, ``room`` bytes of its memory may be taken.
+
+    ``slowest``: seconds that one product may take; more rows are not tried after it.
+    """
+
+    device: Device
+    tier: Resource
+    room: int
+    slowest: float = 0.5
+
+    @property
+    def torch_device(self) -> torch.device:
+        """Where its operands live."""
+        return self.device.torch_device if self.tier == "gpu" else torch.device("cpu")
+
+    @property
+    def side(self) -> int:
+        """Rows and columns of a weight: those of common models, smaller where memory is short."""
+        wanted = 2048 if self.torch_device.type == "cpu" else 4096
+        while wanted > 64 and 4 * 4 * wanted * wanted > self.room:
+            wanted //= 2
+        return wanted
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Memory of the kind that weights and pages rest in."""
+        allocate = self.device.gpu_buffer if self.tier == "gpu" else self.device.host_buffer
+        return allocate(math.prod(shape) * dtype.itemsize).view(dtype).view(*shape)
+
+    def random(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Such memory with numbers in it; an extent that was never written would be read from one cached page."""
+        with self.device.lane(self.tier):
+            return self.empty(shape, dtype).normal_()
+
+    def watch(self) -> Stopwatch:
+        """Times work of this processor."""
+        return Stopwatch(self.device, self.tier)
+
+    def weights(self, dtype: torch.dtype) -> list[Tensor]:
+        """Weights, each [side, side], as runs keep them, that together take ``room``: more than any cache holds."""
+        nbytes = self.side**2 * dtype.itemsize
+        return [pack(self.random((self.side, self.side), dtype)) for _ in range(max(2, self.room // nbytes))]
+
+
+def products(bench: Bench, dtype: torch.dtype, rows: Sequence[int]) -> Probe:
+    """FLOP/s of a linear with operands in ``dtype``, at each number of ``rows``."""
+    name = str(dtype).removeprefix("torch.")
+
+    def samplers() -> Iterator[Sampler]:
+        weights = bench.weights(dtype)
+        rate = math.inf
+        for count in rows:
+            flops = 2 * count * bench.side**2
+            if flops / rate > bench.slowest:
+                return
+            work = _product(bench, weights, count, dtype)
+            watch = bench.watch()
+
+            def sample(work: Callable[[int], None] = work, watch: Stopwatch = watch, flops: int = flops) -> float:
+                nonlocal rate
+                rate = flops / watch.seconds(work)
+                return rate
+
+            yield sample
+
+    return Probe(tuple(f"{bench.tier}.products.{name}.{count}" for count in rows), samplers)
+
+
+def widening(bench: Bench, stored: torch.dtype) -> Probe:
+    """Weights/s that a linear in float32 widens from ``stored``: by how much it takes longer than on float32 weights.
+
+    The difference is at least a fiftieth of the product's own time, for it is no better known.
+    """
+    name = str(stored).removeprefix("torch.")
+
+    def samplers() -> Iterator[Sampler]:
+        wide, narrow = bench.weights(torch.float32), bench.weights(stored)
+        plain = _product(bench, wide, WIDENED_ROWS, torch.float32)
+        widened = _product(bench, narrow, WIDENED_ROWS, torch.float32)
+        watches = bench.watch(), bench.watch()
+
+        def sample() -> float:
+            alone, both = watches[0].seconds(plain), watches[1].seconds(widened)
+            return bench.side**2 / max(both - alone, alone / 50)
+
+        yield sample
+
+    return Probe((f"{bench.tier}.widened.{name}",), samplers)
+
+
+def attention(bench: Bench, dtype: torch.dtype) -> Probe:
+    """KV bytes/s of attention of decoding rows, and FLOP/s of prompt chunks, half of them continuing a prompt."""
+    kv_heads, context = _KV_HEADS, _CONTEXT
+    while _sequences(bench, kv_heads, context, dtype) < 2 and (kv_heads > 1 or context > _PAGE_TOKENS):
+        kv_heads, context = (kv_heads // 2, context) if kv_heads > 1 else (kv_heads, context // 2)
+    page = PageShape(kv_heads, _PAGE_TOKENS, _HEAD_DIM, dtype)
+    pages_each = context // _PAGE_TOKENS
+    heads = kv_heads * _GROUP
+
+    def run(layer: Tensor, spans: Sequence[Span]) -> Callable[[int], None]:
+        tokens = sum(span.count for span in spans)
+        with bench.device.lane(bench.tier):
+            batch = prepare(spans, _PAGE_TOKENS, None, dtype, bench.torch_device).to(bench.torch_device)
+            q = torch.randn(tokens, heads, _HEAD_DIM, device=bench.torch_device).to(dtype)
+            k, v = (torch.randn(tokens, kv_heads, _HEAD_DIM, device=bench.torch_device).to(dtype) for _ in range(2))
+        return lambda _: _drop(attend(batch, layer, q, k, v, _HEAD_DIM**-0.5))
+
+    def samplers() -> Iterator[Sampler]:
+        sequences = max(2, _sequences(bench, kv_heads, context, dtype))
+        layer = page.view(
+            bench.random((sequences * pages_each * page.nbytes // dtype.itemsize,), dtype).view(torch.uint8)
+        )
+        singles = [
+            Span(row, 1, context - 1, range(row * pages_each, (row + 1) * pages_each)) for row in range(sequences)
+        ]
+        decode, watch = run(layer, singles), bench.watch()
+        read = sequences * pages_each * page.nbytes
+        yield lambda: read / watch.seconds(decode)
+        half = context // 2
+        chunks = [
+            Span(0, half, 0, range(pages_each)),
+            Span(half, half, half, range(pages_each, 2 * pages_each)),
+        ]
+        prompt, prompt_watch = run(layer, chunks), bench.watch()
+        pairs = sum(span.count * span.start + span.count * (span.count + 1) // 2 for span in chunks)
+        flops = 4 * heads * _HEAD_DIM * pairs
+        yield lambda: flops / prompt_watch.seconds(prompt)
+
+    return Probe((f"{bench.tier}.attention_bytes", f"{bench.tier}.attention_flops"), samplers)
+
+
+def _sequences(bench: Bench, kv_heads: int, context: int, dtype: torch.dtype) -> int:
+    """How many sequences' KV there is room for."""
+    each = PageShape(kv_heads, context, _HEAD_DIM, dtype).nbytes
+    return min(_MOST_SEQUENCES, bench.room // each)
+
+
+def steps(bench: Bench, dtype: torch.dtype) -> Probe:
+    """Steps/s of the executor where each does next to nothing: a norm, two tiny products and an addition on one row."""
+    device = bench.torch_device
+
+    def samplers() -> Iterator[Sampler]:
+        with bench.device.lane(bench.tier):
+            x = torch.randn(1, _STEP_WIDTH, device=device).to(dtype)
+            weight = torch.randn(_STEP_WIDTH, _STEP_WIDTH, device=device).to(dtype)
+
+        def handle(_: Step) -> None:
+            _drop(linear(linear(rms_norm(x, weight[0], 1e-5), (weight,)), (weight,), x[0]))
+
+        executor = Executor({"finish": handle}, bench.device, Trace(keep=False), overlap=True)
+        watch = Stopwatch(bench.device, bench.tier)
+        number = 0
+
+        def run(_: int) -> None:
+            nonlocal number
+            tasks = [
+                Step(index, "finish", bench.tier, 1, 0, 1, () if index == number else (index - 1,))
+                for index in range(number, number + _STEPS)
+            ]
+            number += _STEPS
+            executor.run(tasks, 0, {number - 1})
+
+        try:
+            yield lambda: _STEPS / watch.seconds(run)
+        finally:
+            executor.close()
+
+    return Probe((f"{bench.tier}.step_s",), samplers)
+
+
+def _product(bench: Bench, weights: Sequence[Tensor], rows: int, dtype: torch.dtype) -> Callable[[int], None]:
+    with bench.device.lane(bench.tier):
+        x = torch.randn(rows, bench.side, device=bench.torch_device).to(dtype)
+    turn = 0
+
+    def work(_: int) -> None:
+        nonlocal turn
+        turn = (turn + 1) % len(weights)
+        linear(x, (weights[turn],))
+
+    return work
+
+
+def _drop(_: Tensor) -> None:
+    """A result that nobody needs."""

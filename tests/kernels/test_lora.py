@@ -1,0 +1,104 @@
+"""LoRA's products on the CPU against dense ones in double precision: any mix of adapters, ranks and rows."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from flexbatch.kernels import lora_triton
+from flexbatch.kernels.lora import add_flat, add_paged, add_paged_reference, group_rows
+from tests.kernels.lora_cases import build
+from tests.kernels.test_paged_triton import TURING_SHARED, compiled
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("seed", range(8))
+def test_flat_and_paged(seed: int, transposed: bool) -> None:
+    rng = random.Random(seed)
+    case = build(rng, rng.choice([20, 80, 576]), rng.choice([12, 192, 131]), transposed=transposed)
+    wanted = case.dense()
+    results = [case.y.clone(memory_format=torch.preserve_format) for _ in range(2)]
+    add_flat(results[0], case.x, case.groups, case.flat())
+    add_paged(results[1], case.x, case.groups, case.paged(rng.choice([16, 100, 4096])))
+    for result in results:
+        assert torch.allclose(result.double(), wanted, atol=1e-4, rtol=1e-4)
+        assert torch.equal(result[case.base_rows], case.y[case.base_rows])
+
+
+def test_a_part_of_the_columns() -> None:
+    case = build(random.Random(1), 48, 30)
+    whole = torch.randn(case.x.shape[0], 100)
+    before = whole.clone()
+    add_flat(whole[:, 20:50], case.x, case.groups, case.flat())
+    assert torch.equal(whole[:, :20], before[:, :20])
+    assert torch.equal(whole[:, 50:], before[:, 50:])
+    added = whole[:, 20:50].double() - before[:, 20:50].double()
+    assert torch.allclose(added, case.dense() - case.y.double(), atol=1e-4)
+
+
+def test_a_row_is_the_same_in_any_company() -> None:
+    """Few rows of an adapter share a pass, but no sums."""
+    case = build(random.Random(2), 96, 64)
+    flat = case.flat()
+    together = torch.zeros(case.x.shape[0], 64)
+    add_flat(together, case.x, group_rows(case.spans, few=10**6), flat)
+    for first, _, adapter in case.spans:
+        alone = torch.zeros(1, 64)
+        add_flat(alone, case.x[first : first + 1], group_rows([(0, 1, adapter)], few=10**6), flat)
+        assert torch.equal(alone[0], together[first])
+
+
+def test_a_thousand_adapters_at_once() -> None:
+    rng = random.Random(3)
+    case = build(rng, 64, 64, rows=10)
+    ranks = [rng.choice([1, 7, 8, 16]) for _ in range(1000)]
+    factors = [(torch.randn(rank, 64), torch.randn(rank, 64), 1.0) for rank in ranks]
+    spans = [(row, 1, row) for row in range(1000)]
+    many = type(case)(torch.randn(1000, 64), torch.zeros(1000, 64), spans, group_rows(spans), factors, rng)
+    result = many.y.clone()
+    add_flat(result, many.x, many.groups, many.flat())
+    assert torch.allclose(result.double(), many.dense(), atol=1e-2, rtol=1e-4)
+
+
+def test_no_rows_and_no_ranks() -> None:
+    case = build(random.Random(4), 16, 16)
+    y = case.y.clone()
+    add_flat(y, case.x, group_rows([]), case.flat())
+    add_paged_reference(y, case.x, group_rows([]), case.paged(16))
+    assert torch.equal(y, case.y)
+
+
+def test_kernels_in_the_interpreter() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/interpreted_lora.py"],
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def test_kernels_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    types = {"inner": "*fp32", "x": "*fp16", "y": "*fp16", "pool": "*fp16", "scales": "*fp32"}
+    types |= dict.fromkeys(("tables", "rows", "records"), "*i32")
+    types |= dict.fromkeys(("x_stride", "table_stride", "y_row", "y_column"), "i32")
+    shared = {"PAGE": 65536, "FIELDS": 7, "TILE": 32, "EXACT": "tf32", "RANKS": 16}
+    for kernel, own in (
+        (lora_triton._shrink_kernel, {"IN": 4096, "DEPTH": 64}),
+        (lora_triton._expand_kernel, {"OUT": 1024, "WIDTH": 64}),
+    ):
+        wanted = {name: value for name, value in types.items() if name in kernel.arg_names}
+        made = compiled(kernel, wanted, shared | own, num_warps=4)
+        assert "mma.sync" in made.asm["ptx"]
+        assert made.metadata.shared <= TURING_SHARED
