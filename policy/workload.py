@@ -14,7 +14,8 @@ from flexbatch.requests import TokenizedRequest
 class Mean:
     """A job's steady state, for one sequence in flight and one sweep.
 
-    ``sweeps`` that a row is in flight; ``tokens`` it is given a sweep (1, unless rows only score); ``pages`` it holds;
+    ``sweeps`` that a row is in flight; ``tokens`` it is given a sweep (about 1; where all
+    rows only score, tokens of their prompts); ``pages`` it holds;
     ``decode`` and ``prompt``: what its decoding and its prompt ask of each layer.
     """
 
@@ -117,7 +118,7 @@ class Workload:
         return Mean(
             rows=self.num_requests,
             sweeps=sweeps / max(1, self.num_requests),
-            tokens=new / sweeps,
+            tokens=(new or prompt) / sweeps,
             pages=float(longest) if block else min(float(longest), pages / sweeps),
             decode=Load(
                 tokens=(sweeps - self.num_requests) / sweeps,

@@ -92,7 +92,8 @@ class Engine:
         self._delays = delays
         self._folder = folder
         self._codec = codec
-        self._options = options
+        # Only 16 bits can run: ``auto`` has one choice.
+        self._options = replace(options, weight_bits=16, kv_bits=16)
         self._shape = folder.shape
         self._family = family_of(folder.shape)
         table = self._family.table(folder.shape)

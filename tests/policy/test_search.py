@@ -139,7 +139,9 @@ def test_a_gpu_share_without_a_gpu() -> None:
 
 
 @pytest.mark.parametrize("device", [True, False])
-@pytest.mark.parametrize("job", [(1, 1, 1), (5, 1, 1), (3, 1, 2), (200, 2, 2), (1, 300, 1), (400, 1, 3), (2, 2, 4)])
+@pytest.mark.parametrize(
+    "job", [(1, 1, 1), (5, 1, 1), (3, 1, 2), (200, 2, 2), (1, 300, 1), (400, 1, 3), (2, 2, 4), (50, 0, 9)]
+)
 def test_jobs_of_a_few_short_rows_have_plans(device: bool, job: tuple[int, int, int]) -> None:
     for options in ({}, {"schedule": "block"}, {"overlap": False}):
         found, _ = plan("opt-125m", 8, 16, job, device=device, **options)

@@ -63,6 +63,7 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
     replaced = {
         "is_available": lambda: True,
         "device_count": lambda: 2,
+        "get_device_name": lambda _: "a GPU",
         "mem_get_info": lambda _: (TOTAL // 2, TOTAL),
         "set_per_process_memory_fraction": lambda share, _: runtime.calls.append(("fraction", share)),
         "reset_peak_memory_stats": lambda _: None,

@@ -18,8 +18,9 @@ import torch
 from flexbatch.errors import DoesNotFitError, UsageError
 from flexbatch.kernels.attention import attend as real_attend
 from flexbatch.memory.direct import DirectReader, ReadPlan
+from flexbatch.policy.machines import load_profile
 from flexbatch.policy.profile import HardwareProfile, parse_profile
-from flexbatch.runtime import probes, processor_probes, profile_cache
+from flexbatch.runtime import hardware, probes, processor_probes, profile_cache
 from flexbatch.runtime.device import CpuDevice, SimDevice
 from flexbatch.runtime.measure import FULL, QUICK, Effort, measure
 from flexbatch.runtime.probes import Probe, Sizes, Stopwatch, copies, disk
@@ -229,6 +230,7 @@ def test_throttled_links_are_measured_as_slow_as_they_are(tmp_path: Path) -> Non
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.delenv(profile_cache.NAMED, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(profile_cache, "_EFFORTS", {"full": TINY, "quick": replace(TINY, types=(), may_assume=True)})
     folder = tmp_path / "disk"
@@ -378,3 +380,10 @@ def test_capacities_are_those_of_now(home: Path, counted: list[str], monkeypatch
 def test_a_folder_that_fails_is_the_users(home: Path) -> None:
     with pytest.raises(UsageError, match="--disk-dir"):
         measure(CpuDevice(), home / "missing", effort=TINY)
+
+
+def test_a_named_profile_is_taken_instead(home: Path, counted: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(profile_cache.NAMED, "t4")
+    named = profile_cache.machine_profile(CpuDevice(), home)
+    assert (named.links["disk_read"], counted) == (load_profile("t4").links["disk_read"], [])
+    assert named.memory["cpu"] == hardware.tier_capacities(CpuDevice(), home)["cpu"], "capacities are those of now"
