@@ -30,12 +30,21 @@ from flexbatch.options import Resource
 _COLD = 256 << 20  # bytes of weights that a timed pass walks over, so that no cache holds them
 
 
+def prompts_of(rows: int, prompt: int) -> list[list[int]]:
+    """Token ids that any vocabulary has."""
+    return [[(row * 37 + place * 11) % 1000 + 5 for place in range(prompt)] for row in range(rows)]
+
+
+def warm(llm: LLM, rows: int, prompt: int) -> None:
+    """Load the model and touch the memory that runs of so many rows use."""
+    llm.generate(prompts_of(rows, prompt), SamplingParams(max_tokens=2, ignore_eos=True))
+
+
 def generate(llm: LLM, rows: int, prompt: int, new: int) -> dict[str, Any]:
     """Generate and return what it took: seconds, bytes by resource, busy seconds."""
-    prompts = [[(row * 37 + place * 11) % 1000 + 5 for place in range(prompt)] for row in range(rows)]
     before = llm.stats()
     started = time.perf_counter()
-    llm.generate(prompts, SamplingParams(max_tokens=new, ignore_eos=True))
+    llm.generate(prompts_of(rows, prompt), SamplingParams(max_tokens=new, ignore_eos=True))
     seconds = time.perf_counter() - started
     after = llm.stats()
     spent = {
@@ -90,7 +99,7 @@ def disk(options: argparse.Namespace) -> dict[str, Any]:
     """Weights on disk, few rows."""
     found, last = [], {}
     with LLM(options.model, device="cpu", weights="0,0,100", disk_dir=options.disk_dir) as llm:
-        generate(llm, options.few, 16, 2)
+        warm(llm, options.few, 16)
         for _ in range(options.runs):
             before = read_rate(Path(options.model))
             last = generate(llm, options.few, 16, options.sweeps)
@@ -102,15 +111,21 @@ def disk(options: argparse.Namespace) -> dict[str, Any]:
 def compute(options: argparse.Namespace) -> dict[str, Any]:
     """Weights on disk, many rows."""
     found, last = [], {}
-    with LLM(options.model, device="cpu", weights="0,0,100", disk_dir=options.disk_dir) as llm:
-        generate(llm, options.many, 8, 2)
+    with LLM(
+        options.model,
+        device="cpu",
+        weights="0,0,100",
+        disk_dir=options.disk_dir,
+        max_sequences=options.many,
+        micro_batch=options.many,
+    ) as llm:
+        warm(llm, options.many, 1)
         stored = getattr(torch, json.loads((Path(options.model) / "config.json").read_text())["torch_dtype"])
         for _ in range(options.runs):
             # Prompts of one token: every sweep carries the same rows.
-            rows = min(options.many, 512)
-            before = linear_seconds(Path(options.model), rows, stored)
+            before = linear_seconds(Path(options.model), options.many, stored)
             last = generate(llm, options.many, 1, options.sweeps)
-            after = linear_seconds(Path(options.model), rows, stored)
+            after = linear_seconds(Path(options.model), options.many, stored)
             linears = (before + after) / 2 * options.sweeps
             rest = last["step_s"]["head"]
             found.append((last["seconds"], linears + rest, linears / options.sweeps))
@@ -121,7 +136,7 @@ def balanced(options: argparse.Namespace) -> dict[str, Any]:
     """``sim``: products, link and disk need the same time."""
     found, last = [], {}
     with LLM(options.model, device="sim", gpu_memory="12GiB", weights="100,0,0", kv="100,0,0") as resident:
-        generate(resident, options.balanced_rows, 1, 2)
+        warm(resident, options.balanced_rows, 1)
         alone = generate(resident, options.balanced_rows, 1, options.sweeps)["seconds"]
         streamed = sum(file.stat().st_size for file in Path(options.model).glob("*.safetensors")) * options.sweeps
         for _ in range(options.runs):
@@ -130,7 +145,7 @@ def balanced(options: argparse.Namespace) -> dict[str, Any]:
             with LLM(
                 options.model, device="sim", gpu_memory="12GiB", weights="0,0,100", kv="100,0,0", rates=rates
             ) as llm:
-                generate(llm, options.balanced_rows, 1, 2)
+                warm(llm, options.balanced_rows, 1)
                 last = generate(llm, options.balanced_rows, 1, options.sweeps)
             again = generate(resident, options.balanced_rows, 1, options.sweeps)["seconds"]
             moved = last["moved_bytes"]
