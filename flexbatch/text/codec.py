@@ -66,6 +66,11 @@ class TextCodec:
         return cls.load(path) if any(all((path / name).is_file() for name in names) for names in _FILE_SETS) else None
 
     @property
+    def tokenizer(self) -> Any:
+        """The tokenizer itself, transformers' own."""
+        return self._tokenizer
+
+    @property
     def vocab_size(self) -> int:
         """Number of token ids, added ones included."""
         return len(self._tokenizer)
