@@ -143,7 +143,10 @@ def test_an_interrupted_evaluation_goes_on(
     llm: LLM, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = ["t_choice", "t_until"]
-    make = lambda: harness_module.Harness(names, include=folder, bootstrap=0)  # noqa: E731
+
+    def make() -> harness_module.Harness:
+        return harness_module.Harness(names, include=folder, bootstrap=0)
+
     place = tmp_path / "answers"
     whole = make().evaluate(llm, name="demo", quiet=True)
     assert whole.computed == 23
