@@ -91,7 +91,7 @@ def add_lm_eval_options(parser: argparse.ArgumentParser) -> None:
     files.add_argument("--overwrite", action="store_true", help="start anew, whatever output or answers are there")
     files.add_argument("--quiet", action="store_true", help="write nothing to stderr but errors")
     parser.add_argument("--plan", metavar="FILE", type=Path, help="place as a plan saved by flexbatch plan --json says")
-    add_adapter_options(parser.add_argument_group("LoRA adapters (the one that is given answers)"))
+    add_adapter_options(parser.add_argument_group("LoRA adapter (if given, it answers)"), several=False)
     add_engine_options(parser)
 
 

@@ -148,12 +148,18 @@ def _add_generation(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--chat-template", metavar="FILE", type=Path, help="a Jinja template instead of the model's")
 
 
-def add_adapter_options(group: argparse._ArgumentGroup) -> None:
-    """Give ``group`` the options that name adapters and bound their memory."""
+def add_adapter_options(group: argparse._ArgumentGroup, *, several: bool = True) -> None:
+    """Give ``group`` the options that name adapters (or one adapter) and bound their memory."""
     group.add_argument(
-        "--lora", metavar="NAME=DIR", action="append", default=[], type=_adapter, help="a PEFT folder; repeatable"
+        "--lora",
+        metavar="NAME=DIR",
+        action="append",
+        default=[],
+        type=_adapter,
+        help="a PEFT folder; repeatable" if several else "a PEFT folder",
     )
-    group.add_argument("--lora-dir", metavar="DIR", type=Path, help="each sub-folder is an adapter, named after it")
+    if several:
+        group.add_argument("--lora-dir", metavar="DIR", type=Path, help="each sub-folder is an adapter, named after it")
     group.add_argument(
         "--adapter-memory",
         type=_size("--adapter-memory"),

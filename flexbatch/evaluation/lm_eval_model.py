@@ -20,7 +20,9 @@ from flexbatch.evaluation.generation import DEFAULT_NEW_TOKENS, GenerationSettin
 from flexbatch.sampling import SamplingParams
 
 TokenizedPair = tuple[tuple[str, str] | None, list[int], list[int]]
+Answer = tuple[float, bool]
 Item = TypeVar("Item")
+_LIKELIEST = 1000  # tokens after a context whose log-probabilities are looked at
 
 
 class FlexbatchLM(TemplateLM):  # type: ignore[misc]  # it has no types
@@ -108,7 +110,7 @@ class FlexbatchLM(TemplateLM):  # type: ignore[misc]  # it has no types
 
     # --- the three kinds of requests -----------------------------------------------------------------------------
 
-    def _loglikelihood_tokens(self, requests: Sequence[TokenizedPair], **_: Any) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(self, requests: Sequence[TokenizedPair], **_: Any) -> list[Answer]:
         for _key, _context, continuation in requests:
             if len(continuation) > self.max_length:
                 raise InputError(
@@ -118,13 +120,34 @@ class FlexbatchLM(TemplateLM):  # type: ignore[misc]  # it has no types
             (context[-(self.max_length + 1 - len(continuation)) :], continuation)
             for _, context, continuation in requests
         ]
-        answers: dict[int, tuple[float, bool]] = {}
-        for place, score in self._shown(self._llm.score_each(pairs, lora=self._lora), len(pairs), "log-likelihoods"):
-            answers[place] = (score.logprob, score.is_greedy)
+        answers: dict[int, Answer] = {}
+        for place, answer in self._shown(self._answered(pairs), len(pairs), "log-likelihoods"):
+            answers[place] = answer
             key = requests[place][0]
             if key is not None:
-                self.cache_hook.add_partial("loglikelihood", key, answers[place])
+                self.cache_hook.add_partial("loglikelihood", key, answer)
         return [answers[place] for place in range(len(requests))]
+
+    def _answered(self, pairs: Sequence[tuple[list[int], list[int]]]) -> Iterator[tuple[int, Answer]]:
+        """Yield (place, answer) of every pair. Choices of one token after one context are read off one row."""
+        asked: dict[tuple[int, ...], dict[int, list[int]]] = {}
+        for place, (context, continuation) in enumerate(pairs):
+            if len(continuation) == 1:
+                asked.setdefault(tuple(context), {}).setdefault(continuation[0], []).append(place)
+        shared = [(context, tokens) for context, tokens in asked.items() if len(tokens) > 1]
+        left = set(range(len(pairs)))
+        likeliest = SamplingParams(max_tokens=1, logprobs=_LIKELIEST, ignore_eos=True)
+        for number, result in self._llm.generate_each([context for context, _ in shared], likeliest, lora=self._lora):
+            top = result.logprobs.top_logprobs[0] if result.logprobs is not None else {}
+            best = next(iter(top), None)
+            for token, places in shared[number][1].items():
+                for place in places if token in top else ():
+                    left.remove(place)
+                    yield place, (top[token], token == best)
+        # What is not among the likeliest tokens has to be asked for by name, as longer continuations are.
+        rest = sorted(left)
+        for number, score in self._llm.score_each([pairs[place] for place in rest], lora=self._lora):
+            yield rest[number], (score.logprob, score.is_greedy)
 
     def loglikelihood_rolling(self, requests: list[Any], **_: Any) -> list[float]:
         """Return the log-likelihood of each whole text; long ones in windows, each token predicted once."""

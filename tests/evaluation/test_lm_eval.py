@@ -50,6 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("tasks")
     draw = random.Random(1)
     choice = [{"q": words(draw, 3, 60), "options": [words(draw, 1, 4) for _ in range(3)], "a": 1} for _ in range(6)]
+    letters = [{"q": words(draw, 3, 60), "options": ["a", "b", "zebra", "ball"], "a": 2} for _ in range(5)]
     texts = [{"text": words(draw, 2, 130)} for _ in range(4)]
     starts = [{"q": words(draw, 1, 50)} for _ in range(5)]
     tasks: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
@@ -62,6 +63,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "metric_list": [{"metric": "acc"}],
             },
             choice,
+        ),
+        "t_letter": (
+            {
+                "output_type": "multiple_choice",
+                "doc_to_text": "{{q}}",
+                "doc_to_choice": "options",
+                "doc_to_target": "a",
+                "metric_list": [{"metric": "acc"}],
+            },
+            letters,
         ),
         "t_rolling": (
             {
@@ -114,10 +125,11 @@ def answers(results: dict[str, Any], name: str) -> list[Any]:
 
 
 def test_scores_equal_those_of_the_hugging_face_backend(llm: LLM, theirs: Any, folder: Path) -> None:
-    own = evaluate(FlexbatchLM(llm, max_length=WINDOW, quiet=True), folder, "t_choice", "t_rolling", "t_until")
-    other = evaluate(theirs, folder, "t_choice", "t_rolling", "t_until")
-    pairs = list(zip(answers(own, "t_choice"), answers(other, "t_choice"), strict=True))
-    assert len(pairs) == 18
+    names = ("t_choice", "t_letter", "t_rolling", "t_until")
+    model = FlexbatchLM(llm, max_length=WINDOW, quiet=True)
+    own, other = evaluate(model, folder, *names), evaluate(theirs, folder, *names)
+    pairs = [pair for name in names[:2] for pair in zip(answers(own, name), answers(other, name), strict=True)]
+    assert len(pairs) == 18 + 20
     for (value, greedy), (expected, is_greedy) in pairs:
         assert value == pytest.approx(expected, abs=1e-3)
         assert greedy == is_greedy
