@@ -49,7 +49,7 @@ def words(draw: random.Random, low: int, high: int) -> str:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("tasks")
     draw = random.Random(1)
-    choice = [{"q": words(draw, 3, 60), "options": [words(draw, 1, 4) for _ in range(3)], "a": 1} for _ in range(6)]
+    choice = [{"q": words(draw, 3, 60), "options": [words(draw, 2, 4) for _ in range(3)], "a": 1} for _ in range(6)]
     letters = [{"q": words(draw, 3, 60), "options": ["a", "b", "zebra", "ball"], "a": 2} for _ in range(5)]
     texts = [{"text": words(draw, 2, 130)} for _ in range(4)]
     starts = [{"q": words(draw, 1, 50)} for _ in range(5)]
