@@ -25,6 +25,7 @@ from flexbatch.units import Shares
 
 _ATTEMPTS = 6
 _AS_GOOD = 0.97  # of the shares' rate: what whole tensors may cost
+_SOLVER_SLACK = 1e-4  # what a solver leaves of a whole number is not a sequence less
 _LEAST_PACE = 256  # prompt tokens a sweep: products of fewer rows than this run below their best rate
 
 
@@ -208,7 +209,7 @@ def _whole(shop: Shop, trial: Trial, hasty: bool) -> Candidate | None:
     total = sum(parts.values())
     used: tuple[Way, ...] = tuple(way for way in choice.ways if parts[way] > 1e-3 * total)
     ways = {way: parts[way] / sum(parts[other] for other in used) for way in used}
-    sequences = max(1, math.floor(total + 1e-6))
+    sequences = max(1, math.floor(total * (1 + _SOLVER_SLACK)))
     steady, wide = _paces(choice, mean, sequences)
     if hasty and wide == steady:
         return None
