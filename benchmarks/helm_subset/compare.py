@@ -10,9 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-# What depends on who answers, not on what is answered: HELM's Hugging Face client gives log-probabilities after division
-# by a temperature of 1e-7, no reason why a text ended, and the time of each request.
-NOT_COMPARED = ("logprob", "max_prob", "inference_", "finish_reason_", "num_bytes", "batch_size", "training_")
+# What depends on who answers, not on what is answered: the Hugging Face client divides by a temperature of 1e-7 before
+# it takes log-probabilities, and gives no reason why a text ended.
+NOT_COMPARED = ("logprob", "max_prob", "perplexity", "bits_per_byte", "inference_", "finish_reason_")
 
 
 def runs(folder: Path) -> dict[str, Path]:
