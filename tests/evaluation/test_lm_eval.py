@@ -7,6 +7,7 @@ import os
 import random
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,12 @@ STORY = _TEXT.split()
 CHAT = (
     "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[bot]{% endif %}"
 )
+
+
+@pytest.fixture(autouse=True)
+def own_tasks_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading the thousands of tasks that come with the harness takes seconds each time."""
+    monkeypatch.setattr(harness_module, "TaskManager", partial(TaskManager, include_defaults=False))
 
 
 def words(draw: random.Random, low: int, high: int) -> str:
