@@ -61,7 +61,7 @@ class Kinds(Generic[_Layout]):
             np.stack([layout.scales for layout in layouts], axis=1),
             np.stack([a for a, _ in places], axis=1),
             np.stack([b for _, b in places], axis=1),
-            ranks.any(axis=1).tolist(),
+            [bool(own.any()) for own in ranks],
         )
 
 
