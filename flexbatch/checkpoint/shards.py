@@ -22,14 +22,16 @@ from flexbatch.units import format_size
 
 INDEX = "model.safetensors.index.json"
 _STATE = "conversion.json"
+"""Says what a folder was, or is being, converted from and how."""
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One file to be: the bytes of its tensors, about, and how they are made."""
+    """One file to be: the bytes of its tensors, about, how they are made, and who is told if the file is there."""
 
     nbytes: int
     make: Callable[[], Mapping[str, torch.Tensor]]
+    passed: Callable[[Path], None] = lambda _: None
 
 
 def file_name(number: int, count: int) -> str:
@@ -61,28 +63,33 @@ def write_parts(
             weight_map: dict[str, str] = {}
             for number, part in enumerate(parts):
                 file = partial / file_name(number, len(parts))
-                if number in missing:
+                if number not in missing:
+                    part.passed(file)
+                else:
                     unfinished = partial / f"{file.name}.unfinished"
                     write_file(unfinished, part.make())
                     unfinished.replace(file)
                 weight_map.update(dict.fromkeys(read_header(file), file.name))
             (partial / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=1) + "\n")
             finish(partial)
-            (partial / _STATE).unlink()
             partial.rename(target)
             target.with_name(f".{target.name}.lock").unlink(missing_ok=True)
 
 
+def identity_of(folder: Path) -> str | None:
+    """The identity of the conversion that made ``folder``, or is making it; None for any other folder."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        found = json.loads((folder / _STATE).read_text(encoding="utf-8"))["identity"]
+        return found if isinstance(found, str) else None
+    return None
+
+
 def _begin(partial: Path, identity: str) -> None:
     """Make ``partial`` the work folder of this conversion; what is there of another one goes."""
-    state = partial / _STATE
-    known = None
-    with contextlib.suppress(OSError, ValueError):
-        known = json.loads(state.read_text(encoding="utf-8"))
-    if known != {"identity": identity}:
+    if identity_of(partial) != identity:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        state.write_text(json.dumps({"identity": identity}), encoding="utf-8")
+        (partial / _STATE).write_text(json.dumps({"identity": identity}) + "\n", encoding="utf-8")
     for unfinished in partial.glob("*.unfinished"):
         unfinished.unlink()
 
