@@ -19,6 +19,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from flexbatch.units import parse_size
 
@@ -28,10 +29,11 @@ RESULTS = Path(__file__).resolve().parent / "results" / "sweep_4bit.json"
 def sweeps(options: argparse.Namespace) -> dict[str, Any]:
     """Inside a process of its own: the sweeps of one run."""
     from flexbatch.checkpoint.locate import locate
-    from flexbatch.options import EngineOptions
+    from flexbatch.options import EngineOptions, Resource
     from flexbatch.policy.workload import Workload
     from flexbatch.requests import Request, TokenizedRequest
     from flexbatch.runtime.engine import Engine
+    from flexbatch.runtime.sweep_runner import SweepRunner
     from flexbatch.sampling import SamplingParams
 
     folder = locate(options.model)
@@ -40,7 +42,7 @@ def sweeps(options: argparse.Namespace) -> dict[str, Any]:
     for row in range(options.rows):
         prompt = tuple((row * 37 + place * 11) % (folder.shape.vocab_size - 10) + 5 for place in range(16))
         requests.append(TokenizedRequest(Request(str(row), params, prompt=prompt), row, prompt))
-    rates = {"disk_read": float(parse_size(options.rate))} if options.rate else {}
+    rates: dict[Resource, float] = {"disk_read": float(parse_size(options.rate))} if options.rate else {}
     engine_options = EngineOptions(
         device="cpu",
         cpu_memory=parse_size(options.cpu_memory),
@@ -50,25 +52,18 @@ def sweeps(options: argparse.Namespace) -> dict[str, Any]:
         rates=rates,
     )
     seconds: list[float] = []
+    whole = SweepRunner.run
+
+    def timed(*arguments: Any, **named: Any) -> Any:
+        started = time.perf_counter()
+        found = whole(*arguments, **named)
+        seconds.append(time.perf_counter() - started)
+        return found
+
     with Engine(folder, None, engine_options, Workload.of(requests)) as engine:
         plan = engine.plan
-        advance = engine._sweeps
-
-        def timed(*arguments: Any) -> Any:
-            runner = arguments[1]
-            run = runner.run
-
-            def one(*inner: Any, **named: Any) -> Any:
-                started = time.perf_counter()
-                found = run(*inner, **named)
-                seconds.append(time.perf_counter() - started)
-                return found
-
-            runner.run = one
-            return advance(*arguments)
-
-        engine._sweeps = timed  # type: ignore[method-assign]
-        done = list(engine.run(requests))
+        with patch.object(SweepRunner, "run", timed):
+            done = list(engine.run(requests))
         assert all(result.error is None for result in done)
         stats = engine.stats()
     read = stats["moved_bytes"]["disk_read"]

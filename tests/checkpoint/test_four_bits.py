@@ -23,6 +23,7 @@ from flexbatch.checkpoint.four_bits import PackedCheckpoint, as_stored, in_four_
 from flexbatch.checkpoint.locate import locate
 from flexbatch.checkpoint.packed import packable
 from flexbatch.checkpoint.reader import StoredCheckpoint, open_checkpoint
+from flexbatch.checkpoint.safetensors import write_file
 from flexbatch.checkpoint.tensors import Checkpoint
 from flexbatch.cli.main import main
 from flexbatch.compression.groups import Packed, dequantize
@@ -196,9 +197,8 @@ def crash_in(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
         if count == number:
             path.write_bytes(b"torn")
             raise KeyboardInterrupt
-        original(path, tensors)
+        write_file(path, tensors)
 
-    original = shards.write_file
     monkeypatch.setattr(shards, "write_file", count_up)
 
 
