@@ -1,7 +1,7 @@
 """Sweeps with weights in 4 bits against 16, streamed from disk: seconds a sweep, in turns, and what a conversion takes.
 
-    python benchmarks/sweep_4bit.py --model DIR [--rows 4] [--rate 300MB] [--runs 2]     sweeps
-    python benchmarks/sweep_4bit.py --model DIR --convert FOLDER                           a conversion
+    python benchmarks/sweep_4bit.py --model DIR --convert FOLDER                             a conversion
+    python benchmarks/sweep_4bit.py --model DIR --packed FOLDER [--rows 4] [--rate 300MB]    sweeps of both
 
 The layers' weights rest on disk, embedding and head in RAM; page cache is bypassed. ``--rate`` slows the disk down.
 Every run is a process of its own; the figure is the median of its decoding sweeps, the sweep that takes the prompts in
@@ -98,9 +98,9 @@ def conversion(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def alone(options: argparse.Namespace, *more: str) -> dict[str, Any]:
+def alone(options: argparse.Namespace, model: str, *more: str) -> dict[str, Any]:
     """Run this file in a process of its own and return what it printed last."""
-    command = [sys.executable, __file__, "--model", options.model, "--rows", str(options.rows)]
+    command = [sys.executable, __file__, "--model", model, "--rows", str(options.rows)]
     command += ["--sweeps", str(options.sweeps), "--cpu-memory", options.cpu_memory, "--inside", *more]
     for name in ("rate", "disk_dir"):
         if getattr(options, name):
@@ -120,6 +120,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--cpu-memory", default="1.6GB")
     parser.add_argument("--disk-dir")
+    parser.add_argument("--packed", metavar="FOLDER", help="what --convert wrote; else the cache")
     parser.add_argument("--convert", metavar="FOLDER")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--bits", type=int, default=16, help=argparse.SUPPRESS)
@@ -129,12 +130,13 @@ def main() -> None:
         print(json.dumps(conversion(options) if options.convert else sweeps(options)))
         return
     if options.convert:
-        key, found = "conversion", alone(options, "--convert", options.convert)
+        key, found = "conversion", alone(options, options.model, "--convert", options.convert)
     else:
         runs: dict[int, list[dict[str, Any]]] = {16: [], 4: []}
         for _ in range(options.runs):
             for bits, kept in runs.items():
-                kept.append(alone(options, "--bits", str(bits)))
+                model = options.packed if options.packed and bits == 4 else options.model
+                kept.append(alone(options, model, "--bits", str(bits)))
         seconds = {bits: statistics.median(run["sweep_s"] for run in kept) for bits, kept in runs.items()}
         key = f"{options.rows} rows, disk at {options.rate or 'its own rate'}"
         found = {
