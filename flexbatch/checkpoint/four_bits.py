@@ -85,7 +85,7 @@ def in_four_bits(
         return checkpoint
     if isinstance(checkpoint, DummyCheckpoint):
         return checkpoint.kept_packed({name: kinds[name].shape for name in wide})
-    target = cache_folder() / "packed" / f"{folder.path.stem[:40]}-{_key(folder, checkpoint)}"
+    target = cache_folder() / "packed" / f"{folder.path.name[:40]}-{_key(folder, checkpoint)}"
     if not target.is_dir():
         remedy = "set XDG_CACHE_HOME to a larger disk, or run with --weight-bits 16"
         write_parts(target, METHOD, _parts(checkpoint, table, wide, progress), lambda _: None, remedy=remedy)
