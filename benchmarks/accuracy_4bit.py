@@ -185,14 +185,14 @@ def smollm2(folder: Path, texts: Path, ways: Sequence[str]) -> dict[str, dict[st
 
 
 def stories15m(ways: Sequence[str]) -> dict[str, dict[str, float]]:
-    """The rows of the demonstration model, on eight stories that it tells itself; calibrated on eight others."""
+    """The rows of the demonstration model, on stories that it tells itself; calibrated on others."""
     subject = Subject(DEMO)
     torch.manual_seed(0)
     start = torch.tensor([[subject.model.config.bos_token_id]])
-    settings = {"do_sample": True, "top_k": 0, "max_new_tokens": 255, "attention_mask": torch.ones_like(start)}
-    stories = [subject.model.generate(start, **settings) for _ in range(16)]
-    subject.tests = {"own samples": stories[:8]}
-    return measure(subject, stories[8:], ways)
+    settings = {"do_sample": True, "max_new_tokens": 255, "attention_mask": torch.ones_like(start)}
+    stories = [subject.model.generate(start, **settings) for _ in range(40)]
+    subject.tests = {"own samples": stories[:32]}
+    return measure(subject, stories[32:], ways)
 
 
 def main() -> None:
