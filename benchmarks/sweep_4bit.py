@@ -3,9 +3,9 @@
     python benchmarks/sweep_4bit.py --model DIR --convert FOLDER                             a conversion
     python benchmarks/sweep_4bit.py --model DIR --packed FOLDER [--rows 4] [--rate 300MB]    sweeps of both
 
-The layers' weights rest on disk, embedding and head in RAM; page cache is bypassed. ``--rate`` slows the disk down.
-Every run is a process of its own; the figure is the median of its decoding sweeps, the sweep that takes the prompts in
-aside. Results are added to benchmarks/results/sweep_4bit.json.
+All layers rest on disk, embedding and head in RAM; with ``--no-all-on-disk`` the policy places the weights within
+``--cpu-memory``. The page cache is bypassed; ``--rate`` slows the disk down. Every run is a process of its own; the
+figure is the median of its decoding sweeps but the first. Results are added to benchmarks/results/sweep_4bit.json.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -30,11 +31,14 @@ def sweeps(options: argparse.Namespace) -> dict[str, Any]:
     """Inside a process of its own: the sweeps of one run."""
     from flexbatch.checkpoint.locate import locate
     from flexbatch.options import EngineOptions, Resource
+    from flexbatch.policy import candidates
+    from flexbatch.policy.weights import deal
     from flexbatch.policy.workload import Workload
     from flexbatch.requests import Request, TokenizedRequest
     from flexbatch.runtime.engine import Engine
     from flexbatch.runtime.sweep_runner import SweepRunner
     from flexbatch.sampling import SamplingParams
+    from flexbatch.units import Shares
 
     folder = locate(options.model)
     params = SamplingParams(max_tokens=options.sweeps, ignore_eos=True)
@@ -48,6 +52,7 @@ def sweeps(options: argparse.Namespace) -> dict[str, Any]:
         cpu_memory=parse_size(options.cpu_memory),
         disk_dir=Path(options.disk_dir) if options.disk_dir else None,
         weight_bits=options.bits,
+        weights=Shares(0, 0, 1) if options.all_on_disk else None,
         max_sequences=options.rows,
         rates=rates,
     )
@@ -60,7 +65,12 @@ def sweeps(options: argparse.Namespace) -> dict[str, Any]:
         seconds.append(time.perf_counter() - started)
         return found
 
-    with Engine(folder, None, engine_options, Workload.of(requests)) as engine:
+    # Shares are those of the layers here: embedding and head, which no sweep streams for its layers, stay in RAM.
+    layers_only = partial(deal, edges="cpu") if options.all_on_disk else deal
+    with (
+        patch.object(candidates, "deal", layers_only),
+        Engine(folder, None, engine_options, Workload.of(requests)) as engine,
+    ):
         plan = engine.plan
         with patch.object(SweepRunner, "run", timed):
             done = list(engine.run(requests))
@@ -102,6 +112,7 @@ def alone(options: argparse.Namespace, model: str, *more: str) -> dict[str, Any]
     """Run this file in a process of its own and return what it printed last."""
     command = [sys.executable, __file__, "--model", model, "--rows", str(options.rows)]
     command += ["--sweeps", str(options.sweeps), "--cpu-memory", options.cpu_memory, "--inside", *more]
+    command.append("--all-on-disk" if options.all_on_disk else "--no-all-on-disk")
     for name in ("rate", "disk_dir"):
         if getattr(options, name):
             command += [f"--{name.replace('_', '-')}", getattr(options, name)]
@@ -120,6 +131,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--cpu-memory", default="1.6GB")
     parser.add_argument("--disk-dir")
+    parser.add_argument("--all-on-disk", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--packed", metavar="FOLDER", help="what --convert wrote; else the cache")
     parser.add_argument("--convert", metavar="FOLDER")
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -138,7 +150,8 @@ def main() -> None:
                 model = options.packed if options.packed and bits == 4 else options.model
                 kept.append(alone(options, model, "--bits", str(bits)))
         seconds = {bits: statistics.median(run["sweep_s"] for run in kept) for bits, kept in runs.items()}
-        key = f"{options.rows} rows, disk at {options.rate or 'its own rate'}"
+        where = "all layers on disk" if options.all_on_disk else f"{options.cpu_memory} of RAM"
+        key = f"{options.rows} rows, disk at {options.rate or 'its own rate'}, {where}"
         found = {
             "sweep_s": seconds,
             "times_as_fast": seconds[16] / seconds[4],
