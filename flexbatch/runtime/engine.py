@@ -16,6 +16,7 @@ from typing import Any, Self
 
 import torch
 
+from flexbatch.checkpoint.four_bits import as_stored, in_four_bits
 from flexbatch.checkpoint.locate import ModelFolder
 from flexbatch.checkpoint.reader import open_checkpoint
 from flexbatch.kernels.rotary import RotaryTable
@@ -93,16 +94,18 @@ class Engine:
         self._delays = delays
         self._folder = folder
         self._codec = codec
-        # Only 16 bits can run: ``auto`` has one choice.
-        self._options = replace(options, weight_bits=16, kv_bits=16)
+        # The KV cache is kept in 16 bits: ``auto`` has one choice.
+        self._options = replace(options, kv_bits=16)
         self._shape = folder.shape
         self._family = family_of(folder.shape)
         table = self._family.table(folder.shape)
         self._size = model_size(folder.shape, table)
-        checkpoint = open_checkpoint(folder, table)
+        self._device = open_device(options)
+        checkpoint = as_stored(open_checkpoint(folder, table), table)
+        if options.weight_bits == 4:
+            checkpoint = in_four_bits(checkpoint, folder, table, progress)
         units = units_of(table, checkpoint, folder.shape.vocab_size)
         self._units = unit_sizes(units)
-        self._device = open_device(options)
         self._machine = machine_for(options, self._device, folder.native_dtype or folder.shape.stored_dtype)
         self._profile = machine_profile(
             self._device,
@@ -114,6 +117,13 @@ class Engine:
         self._workload = workload
         self._adapters = Adapters(adapters or {}, table, folder.shape.family, self._device, options.adapter_memory)
         self.plan, placement = self._place(workload)
+        if options.weight_bits is None:
+            self._options = replace(self._options, weight_bits=4 if self.plan.weight_bits == 4 else 16)
+            if self.plan.weight_bits == 4:
+                checkpoint = in_four_bits(checkpoint, folder, table, progress)
+                units = units_of(table, checkpoint, folder.shape.vocab_size)
+                self._units = unit_sizes(units)
+                self.plan, placement = self._place(workload)
         self._reader = DirectReader(rate=options.rates.get("disk_read"))
         self._weights = WeightStore(
             table,
