@@ -77,6 +77,7 @@ class LLM:
         lora: Mapping[str, str | Path] | None = None,
         lora_dir: str | Path | None = None,
         adapter_memory: int | str | None = None,
+        share_prefixes: bool = True,
     ) -> None:
         self._folder = locate(str(model), dummy=dummy_weights)
         self._options = EngineOptions(
@@ -98,6 +99,7 @@ class LLM:
             dtype=dtype,
             rates=rates or {},
             adapter_memory=_size(adapter_memory),
+            share_prefixes=share_prefixes,
         )
         named = [(name, Path(path)) for name, path in (lora or {}).items()]
         self._adapters = adapter_folders(named, None if lora_dir is None else Path(lora_dir))

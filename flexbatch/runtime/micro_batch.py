@@ -135,10 +135,14 @@ def start(
 
 @dataclass(slots=True)
 class Readout:
-    """What the head read off one slice: the next token, and log-probabilities where they are wanted."""
+    """What the head read off one slice: the next token, and log-probabilities where they are wanted.
+
+    ``prompt_branches``: by position, those of tokens that follow there in other prompts.
+    """
 
     token: int | None = None
     logprob: float | None = None
     top: dict[int, float] = field(default_factory=dict)
     prompt_values: list[float] = field(default_factory=list)
     prompt_top: list[dict[int, float]] = field(default_factory=list)
+    prompt_branches: dict[int, dict[int, float]] = field(default_factory=dict)
