@@ -403,7 +403,7 @@ class Engine:
         if readout.prompt_values:
             scheduler.scored(piece, readout.prompt_values, readout.prompt_top, readout.prompt_branches)
         if readout.token is None:
-            if not sequence.wants_tokens and sequence.pending == 0:
+            if not sequence.wants_tokens and piece.stop == sequence.prompt_len:
                 sequence.finish_reason = "length"
             return sequence.finish_reason is not None
         if readout.token == NO_TOKEN:

@@ -270,6 +270,24 @@ def test_a_row_that_does_not_share_is_not_held_up_by_those_that_do() -> None:
     assert Counter(piece.sequence.source.index for piece in sweep.slices).keys() == {0, 15}
 
 
+def test_a_prefix_between_two_users_gives_way_to_a_row_that_runs_and_is_computed_again() -> None:
+    params = SamplingParams(max_tokens=0, echo=True, logprobs=1)
+    prompts = [(*range(16), index, index) for index in range(60)]
+    rows = [TokenizedRequest(Request(str(i), params, p), i, p) for i, p in enumerate(prompts)]
+    rows.append(TokenizedRequest(Request("long", SamplingParams(max_tokens=34), (9, 9)), 60, (9, 9)))
+    batch = [Sequence.of(row, 64) for row in rows]
+    pools = {"cpu": PageAllocator(10)}
+    cache = PrefixCache(pools, PAGE)
+    plan = small_plan(max_sequences=2, prompt_tokens_per_sweep=30, kv_pages={"cpu": 10})
+    scheduler = Scheduler(plan, pools, expected_fraction=0.0, prefixes=cache)
+    scheduler.add(batch)
+    drive(scheduler, Memory(["cpu"]))
+    check_scores(batch)
+    assert cache.counts.evictions > 0
+    assert batch[60].preemptions == 0
+    pools["cpu"].check_idle()
+
+
 def test_sharing_leaves_room_for_growth_in_one_run() -> None:
     pool = PageAllocator(20)
     holder, first, second = PageTable(), PageTable(), PageTable()
