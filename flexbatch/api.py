@@ -185,8 +185,9 @@ class LLM:
         if not requests:
             return []
         if self._engine is None:
+            workload = Workload.of(requests, share_prefixes=self._options.share_prefixes)
             self._engine = Engine(
-                self._folder, self._codec, self._options, Workload.of(requests), self._progress, adapters=self._adapters
+                self._folder, self._codec, self._options, workload, self._progress, adapters=self._adapters
             )
         results = {result.id: result for result in self._engine.run(requests)}
         return [results[request.request.id] for request in requests]

@@ -167,7 +167,8 @@ class Engine:
 
         Rows that cannot fit the KV cache alone, or whose adapter cannot be used, are error rows.
         """
-        for result in self._run(requests, Workload.of(requests)):
+        workload = Workload.of(requests, share_prefixes=self._options.share_prefixes)
+        for result in self._run(requests, workload):
             self._adapters.count(result)
             yield result
 
