@@ -21,6 +21,7 @@ from flexbatch.runtime.engine import Engine
 from flexbatch.sampling import SamplingParams
 from flexbatch.scheduler.scheduler import Scheduler
 from flexbatch.units import parse_shares
+from tests.lora.peft_cases import configs, generate_with, make_adapters, requests_with
 from tests.oracle import assert_equal, generate_alone, requests_of
 from tests.tiny import FAMILIES, load_oracle, tiny_checkpoint
 
@@ -145,6 +146,24 @@ def test_scores_equal_transformers(setting: str, tmp_path: Path, monkeypatch: py
         for place, top in enumerate(result.logprobs.top_logprobs[1:]):
             best = expected[place].topk(params.logprobs or 0).values.tolist()
             assert list(top.values()) == pytest.approx(best, abs=1e-4)
+
+
+@pytest.mark.parametrize("device", ["cpu", "sim"])
+def test_rows_of_different_adapters_share_nothing(device: str, tmp_path: Path) -> None:
+    rng = random.Random(11)
+    path = tiny_checkpoint(tmp_path / "model", "llama", seed=11)
+    settings = dict(list(configs("llama", rng).items())[:3])
+    adapters = make_adapters(path, tmp_path / "adapters", settings, seed=11)
+    stem = tuple(rng.randrange(149) for _ in range(40))
+    names = [None, *adapters] * 4
+    prompts = [(stem + tuple(rng.randrange(149) for _ in range(rng.randint(1, 9))), 6) for _ in names]
+    rows = generate_with(path, adapters, prompts, names)
+    requests = requests_with(rows, names)
+    options = EngineOptions(device=device, max_sequences=5)
+    with Engine(locate(str(path)), None, options, Workload.of(requests), adapters=adapters) as engine:
+        results = list(engine.run(requests))
+        assert engine.stats()["shared_prompt_tokens"] == 40 * (len(names) - 4)
+    assert_equal(results, rows)
 
 
 def test_rows_of_one_prompt_sample_as_they_would_alone(tmp_path: Path) -> None:

@@ -137,9 +137,9 @@ def value(sequence: Sequence, position: int, token: int) -> float:
     return float(hash((sequence.adapter, tuple(sequence.tokens[: position + 1]), token)) % 10**9)
 
 
-def drive(scheduler: Scheduler, memory: Memory) -> None:
-    """Run to the end with an imagined model, and check every page that is read and every score."""
-    for _ in range(4000):
+def drive(scheduler: Scheduler, memory: Memory, sweeps: int | None = None) -> None:
+    """Run to the end (or some sweeps) with an imagined model; check every page that is read and every score."""
+    for _ in range(4000 if sweeps is None else sweeps):
         sweep = scheduler.next_sweep()
         if sweep is None:
             return
@@ -165,7 +165,7 @@ def drive(scheduler: Scheduler, memory: Memory) -> None:
                     sequence.finish_reason = "length"
                     scheduler.retire(sequence)
         assert again or scheduler.next_sweep() is None
-    raise AssertionError("the run does not end")
+    assert sweeps is not None, "the run does not end"
 
 
 def check_scores(sequences: list[Sequence]) -> None:
@@ -207,6 +207,26 @@ def test_every_page_holds_what_its_rows_expect_and_nothing_leaks(
         pool.check_idle()
     for sequence in batch:
         assert all(prefix.waiting == 0 and prefix.scores is None for prefix in sequence.prefixes)
+
+
+@given(seed=st.integers(0, 10**6), when=st.integers(0, 6))
+def test_an_adapter_that_is_dropped_takes_its_prefixes_along(seed: int, when: int) -> None:
+    rng = random.Random(seed)
+    batch = make(random_prompts(rng, 20), rng, adapters=2)
+    pools = {"cpu": PageAllocator(30)}
+    plan = small_plan(max_sequences=6, prompt_tokens_per_sweep=rng.randint(5, 40), kv_pages={"cpu": 30})
+    cache = PrefixCache(pools, PAGE)
+    scheduler = Scheduler(plan, pools, prefixes=cache)
+    scheduler.add(batch)
+    memory = Memory(["cpu"])
+    drive(scheduler, memory, sweeps=when)
+    dropped = scheduler.drop("a")
+    left = [sequence for sequence in batch if sequence.adapter == "a" and sequence.finish_reason is None]
+    assert sorted(map(id, dropped)) == sorted(map(id, left))
+    drive(scheduler, memory)
+    check_scores([sequence for sequence in batch if sequence not in dropped])
+    assert cache.parked == 0
+    pools["cpu"].check_idle()
 
 
 def test_with_room_every_shared_token_is_computed_once() -> None:
