@@ -53,7 +53,7 @@ class Workload:
         shared: tuple[int, ...] = ()
         prefixes: tuple[int, ...] = ()
         if share_prefixes:
-            tree = PrefixTree.of([request.token_ids for request in requests], names, PAGE_TOKENS)
+            tree = PrefixTree.of(requests, PAGE_TOKENS)
             if any(tree.leaves):
                 shared = tuple(PAGE_TOKENS * pages for pages in tree.shared_pages())
                 prefixes = tuple(PAGE_TOKENS * leaf.path[-1].stop if leaf else 0 for leaf in tree.leaves)

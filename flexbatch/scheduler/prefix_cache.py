@@ -70,19 +70,18 @@ class PrefixCache:
 
         Their order so far decides where nothing is shared.
         """
-        tree = PrefixTree.of(
-            [sequence.source.token_ids for sequence in sequences],
-            [sequence.adapter for sequence in sequences],
-            self._page_tokens,
-        )
+        tree = PrefixTree.of([sequence.source for sequence in sequences], self._page_tokens)
         for sequence, leaf in zip(sequences, tree.leaves, strict=True):
             sequence.prefix = leaf
             for prefix in sequence.prefixes:
                 prefix.waiting += 1
-                if sequence.scores_prompt:
-                    scores = prefix.scores = prefix.scores or PrefixScores()
+                stop = prefix.stop * self._page_tokens
+                if sequence.scores_prompt and sequence.scored <= stop:
+                    first = max(prefix.start * self._page_tokens, sequence.scored - 1)
+                    scores = prefix.scores = prefix.scores or PrefixScores(first)
+                    scores.first = min(scores.first, first)
                     scores.most = max(scores.most, sequence.source.request.params.logprobs or 0)
-                    scores.follow.add(sequence.tokens[prefix.stop * self._page_tokens])
+                    scores.follow.add(sequence.tokens[stop])
         lengths = [sequence.limit - sequence.prompt_len for sequence in sequences]
         ordered = [sequences[place] for place in tree.order(lengths)]
         for turn, sequence in enumerate(ordered):
@@ -139,7 +138,6 @@ class PrefixCache:
         """Give an admitted sequence what its tier has of its prefix; what is missing it computes for all."""
         tier = sequence.tier
         leads = False
-        record = 0
         for prefix in sequence.prefixes:
             prefix.waiting -= 1
             copy = self._copies.get((prefix, tier))
@@ -154,15 +152,12 @@ class PrefixCache:
                 leads = True
                 if copy.leader is None:
                     copy.leader = sequence
-            if leads and prefix.scores is not None:
-                known = len(prefix.scores.top)
-                if record == prefix.start * self._page_tokens:
-                    record += known
-                sequence.records = range(record, prefix.stop * self._page_tokens)
+            stop = prefix.stop * self._page_tokens
+            if leads and prefix.scores is not None and prefix.scores.known_to < stop:
+                first = sequence.records.start if sequence.records else prefix.scores.known_to
+                sequence.records = range(first, stop)
                 sequence.prompt_top = max(sequence.prompt_top, prefix.scores.most)
-                sequence.branches[prefix.stop * self._page_tokens - 1] = tuple(sorted(prefix.scores.follow))
-            elif prefix.scores is not None:
-                record = prefix.stop * self._page_tokens
+                sequence.branches[stop - 1] = tuple(sorted(prefix.scores.follow))
         sequence.computed = sequence.shared * self._page_tokens
         self._held += sequence.shared
         self.counts.peak = max(self.counts.peak, self._held - sum(self._pinned.values()))
@@ -208,11 +203,11 @@ class PrefixCache:
         size = self._page_tokens
         for prefix in piece.sequence.prefixes:
             scores = prefix.scores
-            if scores is None or prefix.start * size >= piece.score_to:
-                break
-            at = prefix.start * size + len(scores.top)
+            if scores is None:
+                continue
+            at = scores.known_to
             until = min(piece.score_to, prefix.stop * size)
-            if not max(piece.score_from, prefix.start * size) <= at < until:
+            if not piece.score_from <= at < until:
                 continue
             first = at - piece.score_from
             last = until - piece.score_from
@@ -298,14 +293,14 @@ class PrefixCache:
         most = sequence.source.request.params.logprobs or 0
         given = sequence.prompt_logprobs
         for prefix in sequence.prefixes:
-            begin = prefix.start * self._page_tokens
-            first = max(sequence.scored - 1, begin) - begin
-            last = min(sequence.computed, prefix.stop * self._page_tokens) - begin
-            if last <= first or prefix.scores is None:
-                continue
+            stop = prefix.stop * self._page_tokens
+            last = min(sequence.computed, stop)
             scores = prefix.scores
-            given.values += scores.values[first:last]
-            given.top += leading(scores.top[first:last], most)
-            if last == prefix.pages * self._page_tokens:
-                given.values.append(scores.branches[sequence.tokens[begin + last]])
-            sequence.scored = begin + last + 1
+            if scores is None or last < sequence.scored:
+                continue
+            part = slice(sequence.scored - 1 - scores.first, last - scores.first)
+            given.values += scores.values[part]
+            given.top += leading(scores.top[part], most)
+            if last == stop:
+                given.values.append(scores.branches[sequence.tokens[stop]])
+            sequence.scored = last + 1

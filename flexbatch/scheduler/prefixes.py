@@ -5,25 +5,32 @@ It knows tokens, not what becomes of them: which pages hold a prefix's KV at a m
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+
+from flexbatch.requests import TokenizedRequest
 
 
 @dataclass(slots=True, eq=False)
 class PrefixScores:
-    """Log-probabilities of a prefix's tokens, found once for all rows that score it.
+    """Log-probabilities of what follows a prefix's tokens, found once for all rows that score it.
 
-    ``values[i]`` is that of the token behind the prefix's position i (from its own start), the same one in all rows;
-    behind the last position rows differ: ``branches`` has the log-probability of each token that follows in any of
-    them. ``top`` are the most likely ones behind every position, ``most`` of them.
+    ``values[i]`` is that of the token behind position ``first + i`` of the prompt, the same one in all rows; behind the
+    prefix's last position rows differ: ``branches`` has the log-probability of each token that follows in any of them.
+    ``top`` are the most likely ones behind every position, ``most`` of them.
     """
 
+    first: int
     most: int = 0
     follow: set[int] = field(default_factory=set)
     values: list[float] = field(default_factory=list)
     branches: dict[int, float] = field(default_factory=dict)
     top: list[dict[int, float]] = field(default_factory=list)
+
+    @property
+    def known_to(self) -> int:
+        """The first position of which nothing is known yet."""
+        return self.first + len(self.top)
 
 
 @dataclass(slots=True, eq=False)
@@ -55,17 +62,18 @@ class PrefixTree:
     leaves: tuple[Prefix | None, ...]
 
     @classmethod
-    def of(cls, prompts: SequenceOf[tuple[int, ...]], kinds: SequenceOf[Hashable], page_tokens: int) -> PrefixTree:
-        """The tree over ``prompts``; rows of different ``kinds`` (adapters) share nothing.
+    def of(cls, requests: SequenceOf[TokenizedRequest], page_tokens: int) -> PrefixTree:
+        """The tree over the prompts of ``requests``; rows of different adapters share nothing.
 
-        A prompt's last token is never shared: its row needs what the model says behind it. Takes time linear in the
-        tokens that are shared, and one page more a row.
+        A row keeps one token at least to compute itself, for it needs what the model says behind it. Takes time linear
+        in the tokens that are shared, and one page more a row.
         """
+        prompts = [request.token_ids for request in requests]
         leaves: list[Prefix | None] = [None] * len(prompts)
-        shareable = [max(0, len(prompt) - 1) // page_tokens for prompt in prompts]
-        groups: dict[Hashable, list[int]] = {}
-        for row, kind in enumerate(kinds):
-            groups.setdefault(kind, []).append(row)
+        shareable = [shareable_tokens(request) // page_tokens for request in requests]
+        groups: dict[str | None, list[int]] = {}
+        for row, request in enumerate(requests):
+            groups.setdefault(request.request.lora, []).append(row)
         pending: list[tuple[tuple[Prefix, ...], int, list[int]]] = [((), 0, rows) for rows in groups.values()]
         while pending:
             path, start, rows = pending.pop()
@@ -131,6 +139,11 @@ class PrefixTree:
             known.update(path)
             shared.append(own.start if own is not None else path[-1].stop if path else 0)
         return shared
+
+
+def shareable_tokens(request: TokenizedRequest) -> int:
+    """How many tokens of a prompt others may compute: the row needs what follows the last one, or the one before it."""
+    return max(0, len(request.token_ids) - (1 if request.request.params.max_tokens else 2))
 
 
 def _end(prompts: SequenceOf[tuple[int, ...]], rows: list[int], begin: int, end: int, page_tokens: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Sequence as SequenceOf
 
 import pytest
 from hypothesis import given
@@ -33,6 +34,13 @@ def random_prompts(rng: random.Random, count: int, vocab: int = 2, longest: int 
     return prompts
 
 
+def requests_of(prompts: list[Prompt], adapters: SequenceOf[str | None]) -> list[TokenizedRequest]:
+    return [
+        TokenizedRequest(Request(str(index), SamplingParams(), prompt, lora=lora), index, prompt)
+        for index, (prompt, lora) in enumerate(zip(prompts, adapters, strict=True))
+    ]
+
+
 def alike(first: Prompt, second: Prompt) -> int:
     """Whole pages that two prompts share, the last token of neither among them."""
     most = min(len(first), len(second)) - 1
@@ -44,8 +52,8 @@ def alike(first: Prompt, second: Prompt) -> int:
 def test_the_tree_is_what_comparing_all_pairs_gives(seed: int, count: int, kinds: int, vocab: int) -> None:
     rng = random.Random(seed)
     prompts = random_prompts(rng, count, vocab)
-    kind = [rng.randrange(kinds) for _ in prompts]
-    tree = PrefixTree.of(prompts, kind, PAGE)
+    kind = [rng.choice([None, "a"][:kinds]) for _ in prompts]
+    tree = PrefixTree.of(requests_of(prompts, kind), PAGE)
     pairs = {
         (i, j): alike(prompts[i], prompts[j]) if kind[i] == kind[j] else 0
         for i in range(count)
@@ -65,7 +73,7 @@ def test_the_tree_is_what_comparing_all_pairs_gives(seed: int, count: int, kinds
         first, second = tree.leaves[i], tree.leaves[j]
         common = set(first.path) & set(second.path) if first is not None and second is not None else set()
         assert max((prefix.stop for prefix in common), default=0) == pages
-    computed: set[Prompt | tuple[int, Prompt]] = set()
+    computed: set[tuple[str | None, Prompt]] = set()
     for i, pages in enumerate(tree.shared_pages()):
         assert pages == max((pairs[i, j] for j in range(i)), default=0)
         computed |= {(kind[i], prompts[i][: at * PAGE]) for at in range(1, (len(prompts[i]) - 1) // PAGE + 1)}
@@ -78,7 +86,7 @@ def test_the_order_keeps_sharers_together_and_the_longest_first(seed: int, count
     rng = random.Random(seed)
     prompts = random_prompts(rng, count)
     lengths = [rng.randint(0, 9) for _ in prompts]
-    tree = PrefixTree.of(prompts, [None] * count, PAGE)
+    tree = PrefixTree.of(requests_of(prompts, [None] * count), PAGE)
     order = tree.order(lengths)
     assert sorted(order) == list(range(count))
     for leaf in tree.leaves:
@@ -240,7 +248,7 @@ def test_with_room_every_shared_token_is_computed_once() -> None:
     scheduler.add(batch)
     memory = Memory(["cpu"])
     drive(scheduler, memory)
-    shared = PAGE * sum(PrefixTree.of(prompts, [None] * 40, PAGE).shared_pages())
+    shared = PAGE * sum(PrefixTree.of([sequence.source for sequence in batch], PAGE).shared_pages())
     assert shared > 200
     assert cache.counts.tokens == shared
     assert cache.counts.evictions == 0
