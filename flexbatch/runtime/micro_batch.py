@@ -92,10 +92,12 @@ def start(
     hidden_offset: int,
     staging: Staging | None,
     attends: torch.device,
+    cascade: bool = False,
 ) -> MicroBatchState:
     """Build the index tensors of ``batch``; ``windows`` are the different attention windows of the layers.
 
-    They are on the CPU until ``to``. ``attends`` is where its attention is computed.
+    They are on the CPU until ``to``. ``attends`` is where its attention is computed. ``cascade``: pages that several
+    rows share may be attended to by all of them together.
     """
     spans: list[Span] = []
     ids: list[int] = []
@@ -104,7 +106,7 @@ def start(
     row = 0
     for place, piece in enumerate(batch.slices):
         pages = piece.sequence.pages.pages if staging is None else staging.tables[place]
-        spans.append(Span(row, piece.count, piece.start, pages))
+        spans.append(Span(row, piece.count, piece.start, pages, piece.sequence.shared if cascade else 0))
         ids += piece.sequence.tokens[piece.start : piece.stop]
         positions += range(piece.start, piece.stop)
         if piece.count == 1:
