@@ -215,8 +215,9 @@ def test_every_page_holds_what_its_rows_expect_and_nothing_leaks(
     drive(scheduler, Memory(tiers))
     check_scores(batch, begun)
     assert cache.parked == 0
-    for pool in pools.values():
+    for tier, pool in pools.items():
         pool.check_idle()
+        assert cache.pinned_pages(tier) == 0
     for sequence in batch:
         assert all(prefix.waiting == 0 and prefix.scores is None for prefix in sequence.prefixes)
 
@@ -239,6 +240,18 @@ def test_an_adapter_that_is_dropped_takes_its_prefixes_along(seed: int, when: in
     check_scores([sequence for sequence in batch if sequence not in dropped])
     assert cache.parked == 0
     pools["cpu"].check_idle()
+
+
+@given(seed=st.integers(0, 10**6), pages=st.integers(14, 40))
+def test_expected_lengths_of_one_never_preempt(seed: int, pages: int) -> None:
+    rng = random.Random(seed)
+    batch = make(random_prompts(rng, 25), rng)
+    pools = {"cpu": PageAllocator(pages)}
+    plan = small_plan(max_sequences=100, prompt_tokens_per_sweep=100, kv_pages={"cpu": pages})
+    scheduler = Scheduler(plan, pools, prefixes=PrefixCache(pools, PAGE))
+    scheduler.add(batch)
+    drive(scheduler, Memory(["cpu"]))
+    assert scheduler.preemptions == 0
 
 
 def test_with_room_every_shared_token_is_computed_once() -> None:
