@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from flexbatch.kernels.cascade import SharedContext, attend_shared, common_pages, flash, merged
+from flexbatch.kernels.cascade import SharedContext, attend_rest, attend_shared, common_pages, merged
 from flexbatch.kernels.paged import PagedQueries, attend_paged, has_kernels, index_queries
 
 _CPU = torch.device("cpu")
@@ -128,7 +128,9 @@ def attend(batch: AttentionBatch, layer: Tensor, q: Tensor, k: Tensor, v: Tensor
     for span in batch.spans:
         rows = slice(span.row, span.row + span.count)
         if span.skip and logs is not None:
-            out[rows], logs[rows] = _attend_rest(span, layer, q[rows], k[rows], v[rows], scale)
+            pages = span.pages[span.skip :]
+            start = span.start - span.skip * layer.shape[3]
+            out[rows], logs[rows] = attend_rest(pages, start, layer, q[rows], k[rows], v[rows], scale)
         else:
             out[rows] = attend_chunk(span, layer, q[rows], k[rows], v[rows], scale, batch.window)
     if logs is not None:
@@ -183,24 +185,6 @@ def _contexts(spans: Sequence[Span]) -> tuple[tuple[SharedContext, ...], list[Sp
         for place in places:
             rest[place] = replace(rest[place], skip=count)
     return tuple(found), rest
-
-
-def _attend_rest(span: Span, layer: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Causal attention of one chunk over what it does not skip, and the logarithms of the sums [n, heads]."""
-    size = layer.shape[3]
-    first, stop = span.skip * size, span.start + span.count
-    bias: Tensor | None = None
-    if span.start == first:
-        keys, values = k.transpose(0, 1), v.transpose(0, 1)
-    else:
-        pages = torch.tensor(span.pages[span.skip : -(-stop // size)], device=q.device)
-        context = layer.index_select(0, pages).permute(2, 1, 0, 3, 4).flatten(2, 3)
-        keys, values = context[:, :, : stop - first]
-        hidden = torch.arange(first, stop) > torch.arange(span.start, stop).unsqueeze(1)
-        bias = q.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
-    queries = q.transpose(0, 1).unsqueeze(0)
-    output, log = flash(queries, keys.unsqueeze(0), values.unsqueeze(0), scale, causal=bias is None, bias=bias)
-    return output[0].transpose(0, 1), log[0].transpose(0, 1)
 
 
 def _attend_pages(batch: PageBatch, layer: Tensor, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:

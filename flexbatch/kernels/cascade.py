@@ -68,6 +68,28 @@ def attend_shared(contexts: Sequence[SharedContext], layer: Tensor, q: Tensor, s
     return torch.cat(outputs), torch.cat(logs)
 
 
+def attend_rest(
+    pages: Sequence[int], start: int, layer: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Causal attention of one chunk [n, heads, D] over ``pages`` alone, and the logarithms of the sums [n, heads].
+
+    ``start`` is the place of its first token in them; its own k and v [n, kv_heads, D] are stored there already.
+    """
+    stop = start + len(q)
+    bias: Tensor | None = None
+    if start == 0:
+        keys, values = k.transpose(0, 1), v.transpose(0, 1)
+    else:
+        needed = torch.tensor(pages[: -(-stop // layer.shape[3])], device=q.device)
+        keys, values = layer.index_select(0, needed).permute(2, 1, 0, 3, 4).flatten(2, 3)[:, :, :stop]
+        hidden = torch.arange(stop) > torch.arange(start, stop).unsqueeze(1)
+        bias = q.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+    output, log = flash(
+        q.transpose(0, 1).unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0), scale, causal=bias is None, bias=bias
+    )
+    return output[0].transpose(0, 1), log[0].transpose(0, 1)
+
+
 def merged(first: Tensor, first_log: Tensor, second: Tensor, second_log: Tensor) -> Tensor:
     """Join two attentions [R, heads, D] over different keys, with the logarithms of their sums [R, heads]."""
     share = torch.sigmoid(second_log - first_log).unsqueeze(-1)
