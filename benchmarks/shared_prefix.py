@@ -222,11 +222,11 @@ def main() -> None:
                 part[system] = {"seconds": min(by_size.values()), "by_batch_s": by_size, "found": found}
             else:
                 part[system] = flexbatch_report(options, rows, task, share=system == "shared")
-        part.pop("summary", None)
-        part["summary"] = summary(part, rows, answers, task)
+            part.pop("summary", None)
+            part["summary"] = summary(part, rows, answers, task)
+            if options.output:
+                options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         print(json.dumps({task: part["summary"]}, indent=1), flush=True)
-    if options.output:
-        options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
