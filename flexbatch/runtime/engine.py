@@ -5,6 +5,7 @@ It knows no files and no formats; jobs, the command line and the Python API stan
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
@@ -146,7 +147,7 @@ class Engine:
         self._trace = Trace(keep=trace)
         self._progress = RunProgress()
         self._load_s = time.perf_counter() - started
-        self._generate_s = 0.0
+        self._sweep_s: list[float] = []
 
     def __enter__(self) -> Self:
         return self
@@ -211,7 +212,7 @@ class Engine:
                 scheduler.retire(sequence)
             self._progress.preemptions = scheduler.preemptions
             results = [self._result(sequence, streams) for sequence in finished]
-            self._generate_s += time.perf_counter() - started
+            self._sweep_s.append(time.perf_counter() - started)
             yield from results
             yield from lost
 
@@ -225,13 +226,16 @@ class Engine:
         spilled = (0, 0) if self._spill is None else (self._spill.bytes_read, self._spill.bytes_written)
         rate = product_rate(getattr(torch, self.plan.dtype))
         flops = done.linear_flops + done.attention_flops
+        generate_s = sum(self._sweep_s)
         return {
             "prompt_tokens": done.prompt_tokens,
             "completion_tokens": done.completion_tokens,
             "preemptions": done.preemptions,
             "load_s": self._load_s,
-            "generate_s": self._generate_s,
-            "throughput_tok_s": done.completion_tokens / self._generate_s if self._generate_s else 0.0,
+            "generate_s": generate_s,
+            "sweeps": len(self._sweep_s),
+            "sweep_s": statistics.median(self._sweep_s) if self._sweep_s else 0.0,
+            "throughput_tok_s": done.completion_tokens / generate_s if generate_s else 0.0,
             "peak_bytes": {
                 "gpu": self._device.gpu_peak,
                 "cpu": peak_rss(),
