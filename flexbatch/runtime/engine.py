@@ -394,7 +394,8 @@ class Engine:
         sequence.prompt_logprobs.top += readout.prompt_top
         sequence.scored = max(sequence.scored, piece.score_to + 1 if readout.prompt_values else 0)
         if readout.token is None:
-            if not sequence.wants_tokens and sequence.pending == 0:
+            # A prompt cut over several micro-batches is scored when its last slice is.
+            if not sequence.wants_tokens and sequence.pending == 0 and piece.stop == sequence.computed:
                 sequence.finish_reason = "length"
             return sequence.finish_reason is not None
         if readout.token == NO_TOKEN:
@@ -408,7 +409,7 @@ class Engine:
 
     def _ending(self, sequence: Sequence, token: int, streams: dict[int, TextStream]) -> FinishReason | None:
         params = sequence.source.request.params
-        if token in self._shape.eos_token_ids and not params.ignore_eos:
+        if (token in self._shape.eos_token_ids and not params.ignore_eos) or token in params.stop_token_ids:
             return "stop"
         if params.stop and self._codec is not None:
             stream = streams.setdefault(sequence.source.index, TextStream(self._codec, params.stop))
@@ -446,7 +447,9 @@ class Engine:
         if not sequence.scores_prompt:
             return TokenLogprobs(tuple(sequence.generated), tuple(own.values), tuple(own.top))
         prompt = sequence.prompt_logprobs
-        return TokenLogprobs(tuple(sequence.tokens), (None, *prompt.values, *own.values), ({}, *prompt.top, *own.top))
+        skipped = max(1, sequence.source.score_from)
+        values = (*(None,) * skipped, *prompt.values, *own.values)
+        return TokenLogprobs(tuple(sequence.tokens), values, (*({},) * skipped, *prompt.top, *own.top))
 
     def _failed(self, request: TokenizedRequest, error: RowError) -> Result:
         self._progress.rows_done += 1

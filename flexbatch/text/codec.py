@@ -70,6 +70,11 @@ class TextCodec:
         self._tokenizer.save_pretrained(str(folder))
 
     @property
+    def tokenizer(self) -> Any:
+        """The tokenizer itself, transformers' own."""
+        return self._tokenizer
+
+    @property
     def vocab_size(self) -> int:
         """Number of token ids, added ones included."""
         return len(self._tokenizer)

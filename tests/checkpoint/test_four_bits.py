@@ -202,14 +202,14 @@ def crash_in(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     monkeypatch.setattr(shards, "write_file", count_up)
 
 
-def calibrated(model: Path, output: Path) -> None:
+def calibrated(model: Path, output: Path, texts: int = 3) -> None:
     """Convert with a sample of random tokens."""
     folder = locate(str(model))
     table = family_of(folder.shape).table(folder.shape)
     checkpoint = open_checkpoint(folder, table)
     rng = random.Random(3)
-    texts = [[rng.randrange(folder.shape.vocab_size) for _ in range(40)] for _ in range(3)]
-    packer = Calibrator(folder.shape, checkpoint, texts)
+    sample = [[rng.randrange(folder.shape.vocab_size) for _ in range(40)] for _ in range(texts)]
+    packer = Calibrator(folder.shape, checkpoint, sample)
     export(checkpoint, folder, table, output, packer, lambda _: None, identity="x", progress=lambda *_: None)
 
 
@@ -268,7 +268,7 @@ def test_a_killed_process_leaves_what_the_next_one_goes_on_with(tmp_path: Path) 
 def test_calibration_lowers_the_error_of_outputs(tmp_path: Path) -> None:
     """Of a model without text, on other random tokens of the same kind."""
     model = tiny_checkpoint(tmp_path / "m", "llama", "linear")
-    calibrated(model, tmp_path / "fitted")
+    calibrated(model, tmp_path / "fitted", texts=50)
     assert convert(model, tmp_path / "plain", "--weight-bits", "4") == 0
     shape, exact = load_weights(model)
     ids = torch.randint(0, shape.vocab_size, (200,), generator=torch.Generator().manual_seed(9))

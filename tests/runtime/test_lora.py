@@ -154,7 +154,7 @@ def test_rows_of_the_base_model_are_the_same_to_the_bit(
         shapes[-1].append(tuple(x.shape))
         return product(x, *rest)
 
-    monkeypatch.setattr("flexbatch.runtime.context.linear", noted)
+    monkeypatch.setattr("flexbatch.memory.weights.linear", noted)
     case = case_of("llama")
     path, adapters, rows, names = case.path, case.adapters, case.rows, case.names
     same = {"ignore_eos": True, "logprobs": 3}
