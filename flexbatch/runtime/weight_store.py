@@ -81,7 +81,8 @@ class WeightStore:
     """The weights of one model, placed by ``tiers`` (unit key -> tier).
 
     On a device without a GPU tier, units in RAM are widened to ``held``; all others stay as stored until a product
-    reads them. Small tensors are resident in ``compute`` dtype where products run.
+    reads them. Small tensors are resident in ``compute`` dtype where products run. ``packed``: matrices may rest in a
+    layout that only products by their transpose read.
     """
 
     def __init__(
@@ -98,12 +99,14 @@ class WeightStore:
         host_slots: int,
         gpu_slots: int,
         progress: Progress | None = None,
+        packed: bool = True,
     ) -> None:
         self._checkpoint = checkpoint
         self._device = device
         self._reader = reader
         self._held = held
         self._compute = compute
+        self._packed = packed
         self._on_gpu = device.compute == "gpu"
         self._resident: list[GroupWeights] = []
         keys = Counter(unit.key for unit in units)
@@ -276,7 +279,7 @@ class WeightStore:
         """A resident linear in the form its products read; a table of embeddings that is also a head stays a table."""
         stacked = self._stacked(group, linear)
         shared = any(stacked is table for table in self._tables.values())
-        return stacked if shared or self._on_gpu else pack(stacked)
+        return stacked if shared or self._on_gpu or not self._packed else pack(stacked)
 
     def _bias(self, group: GroupSpec, linear: LinearSpec) -> Tensor | None:
         if not linear.bias:

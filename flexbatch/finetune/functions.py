@@ -1,0 +1,152 @@
+"""What backward needs beside torch's own derivatives: linears of frozen weights with adapters, and rotation.
+
+With y = x W' + s u B' and u = x A', backward reads x and dy only: du = s dy B, dB = s dy' u, dA = du' x,
+dx = dy W + du A. Frozen weights get no gradient, so the input of a linear without an adapter is not kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexbatch.compression.precision import widened_tiles
+from flexbatch.finetune.dropout import Dropout
+from flexbatch.finetune.parameters import LinearFactors
+from flexbatch.kernels.linear import linear
+from flexbatch.kernels.rotary import apply_rotary
+from flexbatch.memory.weights import Operand
+
+
+def backward_product(dy: Tensor, operand: Operand) -> Tensor:
+    """From dy [T, out] to dy @ W [T, in], in dy's type: the one place that knows how weights rest."""
+    total: Tensor | None = None
+    for columns, weight in _tiles(operand.parts, dy.dtype):
+        product = _product(dy[:, columns], weight)
+        total = product if total is None else total.add_(product)
+    assert total is not None
+    return total
+
+
+def _tiles(parts: Sequence[Tensor], dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of the stacked matrix in ``dtype``: which, and the tile [rows, in]."""
+    base = 0
+    for part in parts:
+        if part.is_mkldnn:
+            yield slice(base, base + part.shape[0]), part.to_dense()
+        elif part.dtype == dtype:
+            yield slice(base, base + part.shape[0]), part
+        else:
+            for rows, tile in widened_tiles(part, dtype):
+                yield slice(base + rows.start, base + rows.stop), tile
+        base += part.shape[0]
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """[T, k] @ [k, n]. oneDNN reads the second matrix as it lies, and is the faster one in fp32 on a CPU."""
+    if left.device.type == "cpu" and left.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(left.contiguous(), right.t(), None, "none", [], "")
+        return product
+    return left @ right
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptedProduct:
+    """One linear at work: the frozen ``operand``, its ``factors`` and what of the result is wanted.
+
+    ``valued``: whether anything reads the numbers of the result; if not only its shape is (see ``pruning``).
+    Gradients of the factors are multiplied by ``weight`` and added to those that ``factors`` holds.
+    """
+
+    operand: Operand
+    factors: LinearFactors | None
+    dropout: Dropout | None
+    weight: float
+    valued: bool = True
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[T, in] -> [T, out], and u [T, sum of ranks] where there are adapters."""
+        if self.valued:
+            y = linear(x, self.operand.parts, self.operand.bias)
+        else:
+            y = x.new_zeros(x.shape[0], sum(part.shape[0] for part in self.operand.parts))
+        if self.factors is None:
+            return y, None
+        u = self._inner(x, self.factors)
+        if self.valued:
+            for part in self.factors.parts:
+                y[:, part.columns] += (part.scale * (u[:, part.rows] @ part.b.t())).to(y.dtype)
+        return y, u
+
+    def backward(self, dy: Tensor, x: Tensor | None, u: Tensor | None, *, wanted: bool) -> Tensor | None:
+        """From dy [T, out] to dx [T, in] if it is ``wanted``; adds to the gradients of the factors."""
+        dx = backward_product(dy, self.operand) if wanted else None
+        factors = self.factors
+        if factors is None:
+            return dx
+        assert x is not None
+        assert u is not None
+        wide = dy.to(factors.a.dtype)
+        du = torch.empty_like(u)
+        for part in factors.parts:
+            own = wide[:, part.columns]
+            torch.mm(own, part.b, out=du[:, part.rows]).mul_(part.scale)
+            part.b_gradient.addmm_(own.t(), u[:, part.rows], alpha=self.weight * part.scale)
+        x = x.to(factors.a.dtype)
+        if self.dropout is None:
+            factors.a_gradient.addmm_(du.t(), x, alpha=self.weight)
+            return dx if dx is None else dx.add_((du @ factors.a).to(dx.dtype))
+        for part in factors.parts:
+            own = du[:, part.rows]
+            factors.a_gradient[part.rows].addmm_(own.t(), self.dropout.apply(x, part.key), alpha=self.weight)
+            if dx is not None:
+                dx.add_(self.dropout.apply(own @ factors.a[part.rows], part.key).to(dx.dtype))
+        return dx
+
+    def _inner(self, x: Tensor, factors: LinearFactors) -> Tensor:
+        x = x.to(factors.a.dtype)
+        if self.dropout is None:
+            return x @ factors.a.t()
+        inner = x.new_empty(x.shape[0], factors.a.shape[0])
+        for part in factors.parts:
+            torch.mm(self.dropout.apply(x, part.key), factors.a[part.rows].t(), out=inner[:, part.rows])
+        return inner
+
+
+class AdaptedLinear(torch.autograd.Function):
+    """``AdaptedProduct`` under autograd. ``anchor`` requires a gradient where factors do, and never gets one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor | None, product: AdaptedProduct) -> Tensor:  # noqa: ARG004
+        """[T, in] -> [T, out]."""
+        y, u = product.forward(x)
+        if y._is_view():  # families change results in place, which autograd forbids for views made in here
+            y = torch.empty(0, dtype=y.dtype, device=y.device).set_(y)
+        ctx.product = product
+        ctx.save_for_backward(*(() if u is None else (x, u)))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None]:
+        """The gradient of x; those of the factors go to where they are summed."""
+        x, u = ctx.saved_tensors or (None, None)
+        return ctx.product.backward(gradients[0], x, u, wanted=ctx.needs_input_grad[0]), None, None
+
+
+class Rotate(torch.autograd.Function):
+    """Rotary position embedding: the gradient is turned back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """[T, heads, dim] -> the same, turned."""
+        ctx.rotation = cos, sin
+        return apply_rotary(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        """The gradient of x."""
+        cos, sin = ctx.rotation
+        return apply_rotary(gradients[0], cos, -sin), None, None
