@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -25,7 +26,8 @@ class LearningContext:
     """Implements ``models.spec.LayerContext`` for the group ``group`` and T tokens at ``positions``.
 
     ``shapes_only``: linears whose results nothing reads but for their shape. ``weight`` is what gradients of factors
-    are multiplied by. ``rows``: of the token embedding, where the table rests elsewhere.
+    are multiplied by. ``outputs``: of each module of every linear. ``rows``: of the token embedding, where the table
+    rests elsewhere.
     """
 
     shape: ModelShape
@@ -34,6 +36,7 @@ class LearningContext:
     rotation: tuple[Tensor, Tensor] | None
     group: int
     parameters: Parameters
+    outputs: Mapping[str, tuple[int, ...]]
     weight: float = 1.0
     dropout: Dropout | None = None
     rows: Tensor | None = None
@@ -44,7 +47,12 @@ class LearningContext:
         """[T, in] -> [T, out], adapters included."""
         factors = self.parameters.of(self.group, name)
         product = AdaptedProduct(
-            self.weights.linears[name], factors, self.dropout, self.weight, name not in self.shapes_only
+            self.weights.linears[name],
+            self.outputs[name],
+            factors,
+            self.dropout,
+            self.weight,
+            name not in self.shapes_only,
         )
         if not torch.is_grad_enabled():
             return product.forward(x)[0]

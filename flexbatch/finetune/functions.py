@@ -13,36 +13,54 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexbatch.compression.precision import widened_tiles
+from flexbatch.compression.precision import TILE_BYTES
 from flexbatch.finetune.dropout import Dropout
 from flexbatch.finetune.parameters import LinearFactors
 from flexbatch.kernels.linear import linear
 from flexbatch.kernels.rotary import apply_rotary
 from flexbatch.memory.weights import Operand
 
+_FEWEST_COLUMNS = 128  # narrower products would be slow
 
-def backward_product(dy: Tensor, operand: Operand) -> Tensor:
-    """From dy [T, out] to dy @ W [T, in], in dy's type: the one place that knows how weights rest."""
+
+def backward_product(dy: Tensor, operand: Operand, outputs: Sequence[int]) -> Tensor:
+    """From dy [T, out] to dy @ W [T, in], in dy's type: the one place that knows how weights rest.
+
+    ``outputs``: those of each module of the linear. Sums are made module by module, so that they do not depend on
+    whether a linear rests as one matrix or as several.
+    """
     total: Tensor | None = None
-    for columns, weight in _tiles(operand.parts, dy.dtype):
-        product = _product(dy[:, columns], weight)
+    column = 0
+    for rows in _modules(operand.parts, outputs):
+        product = _times(dy[:, column : column + rows.shape[0]], rows)
         total = product if total is None else total.add_(product)
+        column += rows.shape[0]
     assert total is not None
     return total
 
 
-def _tiles(parts: Sequence[Tensor], dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of the stacked matrix in ``dtype``: which, and the tile [rows, in]."""
-    base = 0
-    for part in parts:
-        if part.is_mkldnn:
-            yield slice(base, base + part.shape[0]), part.to_dense()
-        elif part.dtype == dtype:
-            yield slice(base, base + part.shape[0]), part
-        else:
-            for rows, tile in widened_tiles(part, dtype):
-                yield slice(base + rows.start, base + rows.stop), tile
-        base += part.shape[0]
+def _modules(parts: Sequence[Tensor], outputs: Sequence[int]) -> Iterator[Tensor]:
+    """The weight [out_i, in] of each module."""
+    if len(parts) == len(outputs):
+        yield from (part.to_dense() if part.is_mkldnn else part for part in parts)
+        return
+    (stacked,) = parts
+    yield from (stacked.to_dense() if stacked.is_mkldnn else stacked).split(list(outputs))
+
+
+def _times(dy: Tensor, weight: Tensor) -> Tensor:
+    """[T, out] @ [out, in]; a weight in a narrower type is widened some columns at a time."""
+    if weight.dtype == dy.dtype:
+        return _product(dy, weight)
+    rows, columns = weight.shape
+    result = dy.new_empty(dy.shape[0], columns)
+    at_once = min(columns, max(_FEWEST_COLUMNS, TILE_BYTES // (rows * dy.dtype.itemsize)))
+    scratch = torch.empty(rows * at_once, dtype=dy.dtype, device=dy.device)
+    for start in range(0, columns, at_once):
+        stop = min(start + at_once, columns)
+        tile = scratch[: rows * (stop - start)].view(rows, stop - start).copy_(weight[:, start:stop])
+        result[:, start:stop] = _product(dy, tile)
+    return result
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
@@ -55,13 +73,14 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class AdaptedProduct:
-    """One linear at work: the frozen ``operand``, its ``factors`` and what of the result is wanted.
+    """One linear at work: the frozen ``operand`` of modules with so many ``outputs``, and its ``factors``.
 
     ``valued``: whether anything reads the numbers of the result; if not only its shape is (see ``pruning``).
     Gradients of the factors are multiplied by ``weight`` and added to those that ``factors`` holds.
     """
 
     operand: Operand
+    outputs: tuple[int, ...]
     factors: LinearFactors | None
     dropout: Dropout | None
     weight: float
@@ -72,7 +91,7 @@ class AdaptedProduct:
         if self.valued:
             y = linear(x, self.operand.parts, self.operand.bias)
         else:
-            y = x.new_zeros(x.shape[0], sum(part.shape[0] for part in self.operand.parts))
+            y = x.new_zeros(x.shape[0], sum(self.outputs))
         if self.factors is None:
             return y, None
         u = self._inner(x, self.factors)
@@ -83,7 +102,7 @@ class AdaptedProduct:
 
     def backward(self, dy: Tensor, x: Tensor | None, u: Tensor | None, *, wanted: bool) -> Tensor | None:
         """From dy [T, out] to dx [T, in] if it is ``wanted``; adds to the gradients of the factors."""
-        dx = backward_product(dy, self.operand) if wanted else None
+        dx = backward_product(dy, self.operand, self.outputs) if wanted else None
         factors = self.factors
         if factors is None:
             return dx
@@ -124,7 +143,9 @@ class AdaptedLinear(torch.autograd.Function):
         """[T, in] -> [T, out]."""
         y, u = product.forward(x)
         if y._is_view():  # families change results in place, which autograd forbids for views made in here
-            y = torch.empty(0, dtype=y.dtype, device=y.device).set_(y)
+            y = torch.empty(0, dtype=y.dtype, device=y.device).set_(
+                y.untyped_storage(), y.storage_offset(), y.shape, y.stride()
+            )
         ctx.product = product
         ctx.save_for_backward(*(() if u is None else (x, u)))
         return y

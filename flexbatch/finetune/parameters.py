@@ -78,13 +78,15 @@ class Parameters:
         )
 
     @classmethod
-    def fresh(cls, shape: ModelShape, *, rank: int, alpha: float, targets: str | Sequence[str], seed: int) -> Self:
+    def create(
+        cls, shape: ModelShape, *, rank: int, alpha: float, target_modules: str | Sequence[str], seed: int
+    ) -> Self:
         """An untrained adapter: A uniform in +-1/sqrt(in) (Kaiming with a = sqrt 5, as PEFT's), B zero.
 
-        ``targets``: ``all-linear``, or names of modules as PEFT takes them. Raises UsageError on one that is none.
+        ``target_modules``: ``all-linear``, or names of modules as PEFT takes them. Raises UsageError on others.
         """
         modules = modules_of(family_of(shape).table(shape))
-        names = ALL_LINEAR if targets in (ALL_LINEAR, [ALL_LINEAR], (ALL_LINEAR,)) else _listed(targets)
+        names = _listed(target_modules)
         config = AdapterConfig(rank, alpha, False, names, frozenset(), None, (), (), ())
         if not isinstance(names, str):
             _check_targets(names, config, modules, shape.family)
@@ -190,8 +192,9 @@ def names_of(module: Module) -> tuple[str, str]:
     return f"{PREFIX}{module.name}.lora_A.weight", f"{PREFIX}{module.name}.lora_B.weight"
 
 
-def _listed(targets: str | Sequence[str]) -> frozenset[str]:
-    return frozenset(targets.split(",") if isinstance(targets, str) else targets)
+def _listed(targets: str | Sequence[str]) -> str | frozenset[str]:
+    names = frozenset(targets.split(",") if isinstance(targets, str) else targets)
+    return ALL_LINEAR if names == {ALL_LINEAR} else names
 
 
 def _check_targets(names: frozenset[str], config: AdapterConfig, modules: Mapping[str, Module], family: str) -> None:

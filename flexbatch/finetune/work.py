@@ -78,11 +78,16 @@ class Work:
     _states: list[BatchState] = field(default_factory=list)
     _scale: float | None = None
     _rotary: RotaryTable | None = None
+    _outputs: dict[int, dict[str, tuple[int, ...]]] = field(default_factory=dict)
     _pruned: dict[int, frozenset[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.shape.rope is not None:
             self._rotary = RotaryTable(self.shape.rope, self.device.torch_device)
+        self._outputs = {
+            group: {each.name: tuple(part.out_features for part in each.parts) for each in spec.linears}
+            for group, spec in enumerate(self.family.table(self.shape).groups)
+        }
         found: dict[frozenset[str], frozenset[str]] = {}
         for group in range(1, self.shape.num_layers + 1):
             spec = self.family.table(self.shape).layers[group - 1]
@@ -159,6 +164,7 @@ class Work:
             rotation=None if rotation is None else (rotation[0][rows], rotation[1][rows]),
             group=group,
             parameters=self.parameters,
+            outputs=self._outputs[group],
             weight=1.0 if self._scale is None else self._scale,
             dropout=None if state.keys is None else Dropout(self.dropout, state.keys[rows]),
             rows=state.table_rows,

@@ -170,7 +170,7 @@ class _Pass:
             self._outs.append(newest)
 
     def _back(self, group: int, batch: int, weights: tuple[int, ...]) -> int:
-        tier = self._kept[group]
+        tier = self._kept.get(group, self._routes.compute)
         saved = self._saved.get((group, batch))
         if saved is None:
             return self._backward(group, batch, weights)

@@ -42,7 +42,7 @@ def ragged(seed: int, vocab: int, lengths: Sequence[int]) -> list[Row]:
 
 def filled(shape: ModelShape, *, rank: int, alpha: float, targets: str | list[str], seed: int) -> Parameters:
     """An adapter in which no factor is zero."""
-    made = Parameters.fresh(shape, rank=rank, alpha=alpha, targets=targets, seed=seed)
+    made = Parameters.create(shape, rank=rank, alpha=alpha, target_modules=targets, seed=seed)
     generator = torch.Generator().manual_seed(seed + 1)
     for name, tensor in made.items():
         if ".lora_B." in name:
@@ -58,6 +58,9 @@ def peft_model(path: Path, parameters: Parameters, *, rank: int, alpha: float, t
             load_oracle(path), LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=int(alpha), target_modules=targets)
         )
     model = model.double()
+    for module in model.modules():
+        if hasattr(module, "reorder_and_upcast_attn"):
+            module.reorder_and_upcast_attn = False  # the same numbers by operations that know no float64
     named = {
         name.replace(".default.", "."): tensor for name, tensor in model.named_parameters() if tensor.requires_grad
     }
