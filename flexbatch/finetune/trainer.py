@@ -133,12 +133,12 @@ class Trainer:
             disk_folder(options),
             options.rates,
         )
-        self._work = Work(
+        self.work = Work(
             shape, family, weights, parameters, self._inputs, self._device, dropout=dropout, seed=seed,
             loss_bytes=self.plan.loss_bytes,
         )  # fmt: skip
         self._trace = Trace(keep=trace)
-        self._executor = Executor(self._work.handlers(), self._device, self._trace, overlap=self.plan.overlap)
+        self._executor = Executor(self.work.handlers(), self._device, self._trace, overlap=self.plan.overlap)
         self._lowerer = TrainingLowerer(self._routes, self.plan.kept)
         self._passes = 0
         self._metered = 0
@@ -211,13 +211,13 @@ class Trainer:
         with self._metering(sum(counts)) as meter:
             self._inputs.meter = meter
             self._inputs.begin([batch.tokens for batch in batches], saving=training)
-            self._work.begin(batches, examples, self.seen, scale)
+            self.work.begin(batches, examples, self.seen, scale)
             try:
                 self._executor.run(lowered.steps, self._passes, lowered.until)
             finally:
                 self._inputs.end()
         self._passes += 1
-        total, tokens = self._work.finish()
+        total, tokens = self.work.finish()
         self._seconds += time.perf_counter() - started
         return Loss(total, tokens)
 

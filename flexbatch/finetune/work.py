@@ -16,7 +16,7 @@ from torch import Tensor
 from flexbatch.finetune.context import LearningContext
 from flexbatch.finetune.dropout import Dropout, token_keys
 from flexbatch.finetune.inputs import SavedInputs
-from flexbatch.finetune.layer import LayerMath
+from flexbatch.finetune.layer import LayerMath, attend
 from flexbatch.finetune.loss import loss_rows, measure
 from flexbatch.finetune.parameters import Parameters
 from flexbatch.finetune.pruning import shapes_only
@@ -25,7 +25,7 @@ from flexbatch.models.spec import Family
 from flexbatch.runtime.device import Device
 from flexbatch.runtime.weight_store import WeightStore
 from flexbatch.scheduler.steps import Step
-from flexbatch.scheduler.training import LearningBatch, Window
+from flexbatch.scheduler.training import LearningBatch, Window, cut
 from flexbatch.shapes import ModelShape
 
 
@@ -177,6 +177,14 @@ class Work:
 
         return LayerMath(self.family, context, self.shape.scale_of(group - 1), self.shape.windows[group - 1])
 
+    def whole_layer(self, group: int, x: Tensor) -> Tensor:
+        """One layer over one example x [T, hidden] under autograd, nothing recomputed: for measurements."""
+        state = self._state(cut([x.shape[0]], x.shape[0])[0], [_Blank(x.shape[0])], 0)
+        layer = self._layer(state, group)
+        q, k, v = self.family.project(layer.context(state.batch.windows[0]), x)
+        attended = attend(q, k, v, 0, layer.scale, layer.sliding)
+        return self.family.finish(layer.context(state.batch.windows[0]), x, attended)
+
     # --- handlers ------------------------------------------------------------------------------------------------
 
     def _gather(self, step: Step) -> None:
@@ -233,6 +241,14 @@ class Work:
         if step.group == self.parameters.groups[0]:
             self.inputs.drop(state.dx)
             state.dx = None
+
+
+class _Blank:
+    """An example of nothing."""
+
+    def __init__(self, count: int) -> None:
+        self.tokens = (0,) * (count + 1)
+        self.trained = (False,) * (count + 1)
 
 
 def _normal(handler: Callable[[Step], None]) -> Callable[[Step], None]:
