@@ -7,14 +7,14 @@ the sweep and back, inputs out and back), but inputs are also written. So inputs
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flexbatch.errors import DoesNotFitError
 from flexbatch.options import EngineOptions
 from flexbatch.policy.footprint import DTYPE_BYTES, ModelSize, UnitSize
 from flexbatch.policy.machine import LANES, Machine
 from flexbatch.policy.plan import TierMemory
-from flexbatch.policy.weights import GPU_SLOTS, HOST_SLOTS, WeightPlacement, deal
+from flexbatch.policy.weights import WeightPlacement, deal, grown_ring
 from flexbatch.scheduler.spread import Spread
 from flexbatch.units import MIB, Shares, format_size
 
@@ -50,8 +50,8 @@ class TrainingPlan:
     loss_bytes: int
     dtype: str
     weights_dtype: str
-    host_slots: int
-    gpu_slots: int
+    host_ring: int
+    gpu_ring: int
     overlap: bool
     memory: Mapping[str, TierMemory]
 
@@ -75,9 +75,16 @@ def plan_training(
     last: TrainingPlan | None = None
     for hidden in _hidden_choices(options, compute):
         for weights, weights_dtype in _weight_choices(options, compute, held):
-            last = _account(size, units, job, options, machine, hidden, weights, weights_dtype)
-            if all(memory.total <= memory.budget for memory in last.memory.values()):
-                return last
+            placement = deal(units, weights, compute=compute)
+            last = _account(size, units, job, options, machine, hidden, placement, weights_dtype)
+            left = {tier: memory.budget - memory.total for tier, memory in last.memory.items()}
+            if min(left.values()) >= 0:
+                placement = replace(
+                    placement,
+                    host_ring=grown_ring(placement.reads, left["cpu"]),
+                    gpu_ring=grown_ring(placement.uploads, left.get("gpu", 0)),
+                )
+                return _account(size, units, job, options, machine, hidden, placement, weights_dtype)
     assert last is not None
     raise _misfit(last)
 
@@ -108,11 +115,10 @@ def _account(
     options: EngineOptions,
     machine: Machine,
     hidden: Shares,
-    weights: Shares,
+    placement: WeightPlacement,
     weights_dtype: str,
 ) -> TrainingPlan:
     compute, dtype = machine.compute, machine.dtype
-    placement = deal(units, weights, compute=compute)
     spread = Spread(hidden)
     row = size.hidden_token_bytes(dtype)
     layers = range(max(1, job.lowest), size.shape.num_layers + 1)
@@ -120,11 +126,11 @@ def _account(
     inputs = {tier: sum(job.tokens * row for own in kept.values() if own == tier) for tier in ("gpu", "cpu", "disk")}
     resident = _resident(units, placement, compute, weights_dtype)
     resident[compute] += size.small_bytes(dtype)
-    resident["cpu"] += HOST_SLOTS * placement.host_slot
+    resident["cpu"] += placement.host_ring
     working = {"gpu": 0, "cpu": 0, "disk": 0}
     working[compute] = working_bytes(size, job, dtype)
     if compute == "gpu":
-        resident["gpu"] += GPU_SLOTS * placement.gpu_slot
+        resident["gpu"] += placement.gpu_ring
         working["cpu"] += 2 * LANES * job.longest * row if inputs["disk"] else 0
     if inputs["disk"] or (compute == "gpu" and inputs["cpu"]):
         working[compute] += 2 * LANES * job.longest * row
@@ -148,8 +154,8 @@ def _account(
         loss_bytes=_LOSS_BYTES,
         dtype=dtype,
         weights_dtype=weights_dtype,
-        host_slots=HOST_SLOTS,
-        gpu_slots=GPU_SLOTS,
+        host_ring=placement.host_ring,
+        gpu_ring=placement.gpu_ring,
         overlap=options.overlap,
         memory=memory,
     )

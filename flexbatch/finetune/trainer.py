@@ -106,8 +106,8 @@ class Trainer:
             self._reader,
             held=getattr(torch, self.plan.weights_dtype),
             compute=getattr(torch, self.plan.dtype),
-            host_slots=self.plan.host_slots,
-            gpu_slots=self.plan.gpu_slots,
+            host_ring=self.plan.host_ring,
+            gpu_ring=self.plan.gpu_ring,
             progress=progress,
             packed=False,
         )
@@ -118,8 +118,8 @@ class Trainer:
             compute=self._device.compute,
             reads=weights.reads,
             uploads=weights.uploads,
-            host_slots=self.plan.host_slots,
-            gpu_slots=self.plan.gpu_slots,
+            host_ring=self.plan.host_ring,
+            gpu_ring=self.plan.gpu_ring,
             gather=weights.gather_on,
             lanes=LANES,
         )

@@ -6,7 +6,6 @@ whose next use is furthest away (Belady, 1966).
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -17,11 +16,63 @@ from flexbatch.scheduler.training import LearningBatch, Visit
 
 @dataclass(slots=True)
 class _Held:
-    """A group's weights in a slot: the Step that brought them, and those that read them."""
+    """Weights of a group: bytes ``start`` to ``stop`` of a ring, the Step that brought them, and their readers."""
 
-    slot: int
+    start: int
+    stop: int
     step: int
     users: list[int] = field(default_factory=list)
+
+
+class _Room:
+    """A ring of bytes that hold groups: what lies where, and which Steps still read what lay there before."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._nbytes = nbytes
+        self.held: dict[int, _Held] = {}
+        self._gone: list[_Held] = []
+
+    def place(self, nbytes: int, uses: Mapping[int, int], before: int) -> int | None:
+        """Where ``nbytes`` may go if only what is used later than ``before`` is overwritten; None if nowhere.
+
+        Of several places the one whose first loss comes last is taken. ``uses``: group -> its next use.
+        """
+        best: tuple[float, int] | None = None
+        for start in sorted({0, *(piece.stop for piece in self.held.values())}):
+            if start + nbytes > self._nbytes:
+                continue
+            lost = [uses.get(group, _NEVER) for group, piece in self.held.items() if _meet(piece, start, nbytes)]
+            first = min(lost, default=_NEVER + 1)
+            if first > before and (best is None or first > best[0]):
+                best = first, start
+        return None if best is None else best[1]
+
+    def empty(self, start: int, nbytes: int) -> tuple[int, ...]:
+        """Let go of what lies there; return the Steps that have to be done before something else comes."""
+        for group in [group for group, piece in self.held.items() if _meet(piece, start, nbytes)]:
+            self._gone.append(self.held.pop(group))
+        left = [piece for piece in self._gone if _meet(piece, start, nbytes)]
+        self._gone = [piece for piece in self._gone if not (start <= piece.start and piece.stop <= start + nbytes)]
+        return tuple(step for piece in left for step in (piece.step, *piece.users))
+
+    def put(self, group: int, start: int, nbytes: int, step: int) -> None:
+        """Note what is brought."""
+        self.held[group] = _Held(start, start + nbytes, step)
+
+    def retire(self, group: int) -> None:
+        """Let go of a group without something else in its place."""
+        self._gone.append(self.held.pop(group))
+
+    def forget(self, oldest: int) -> None:
+        """Drop what nobody has to wait for any more: Steps before ``oldest``."""
+        self._gone = [piece for piece in self._gone if max(piece.step, *piece.users, 0) >= oldest]
+
+
+_NEVER = 1 << 60
+
+
+def _meet(piece: _Held, start: int, nbytes: int) -> bool:
+    return piece.start < start + nbytes and start < piece.stop
 
 
 class TrainingLowerer:
@@ -35,11 +86,10 @@ class TrainingLowerer:
         self._routes = routes
         self._kept = dict(kept)
         on_gpu = routes.compute == "gpu"
-        self._streamed = frozenset(routes.uploads if on_gpu else routes.reads)
-        self._slots = min(routes.gpu_slots if on_gpu else routes.host_slots, len(self._streamed))
-        self._held: dict[int, _Held] = {}
-        self._free: deque[tuple[int, tuple[int, ...]]] = deque((slot, ()) for slot in range(self._slots))
-        self._reads: deque[tuple[int, tuple[int, ...]]] = deque((slot, ()) for slot in range(routes.host_slots))
+        self._streamed = routes.uploads if on_gpu else routes.reads
+        self._room = _Room(routes.gpu_ring if on_gpu else routes.host_ring)
+        self._way = _Room(routes.host_ring)  # of reads that go on to a GPU
+        self._cursor = 0
         self._next_id = 0
         self._oldest = self._first = 0
         self._steps: list[Step] = []
@@ -52,6 +102,8 @@ class TrainingLowerer:
         """
         self._steps, self._until = [], set()
         self._oldest, self._first = self._first, self._next_id
+        self._room.forget(self._oldest)
+        self._way.forget(self._oldest)
         groups = [visit.group for visit in visits if visit.tasks]
         following = [*groups, *(range(self._routes.num_layers + 2) if more else ())]
         saving = any(task.kind == "learn_backward" for visit in visits for task in visit.tasks)
@@ -62,7 +114,7 @@ class TrainingLowerer:
             if not visit.tasks:
                 continue
             self._prefetch(following, place, needed=True)
-            held = self._held.get(visit.group)
+            held = self._room.held.get(visit.group)
             ready = () if held is None else (held.step,)
             for task in visit.tasks:
                 step = pass_.add_task(task.kind, visit.group, task.batch, ready)
@@ -94,37 +146,49 @@ class TrainingLowerer:
         return step.id
 
     def _prefetch(self, following: Sequence[int], place: int, *, needed: bool = False) -> None:
-        """Fetch what is used from ``place`` on, into slots that are free or whose group is needed later than it.
+        """Fetch what is used from ``place`` on, to where nothing lies that is needed sooner.
 
         ``needed``: only what is used at ``place`` itself.
         """
         uses: dict[int, int] = {}
         for at in range(len(following) - 1, place - 1, -1):
             uses[following[at]] = at
-        for at in range(place, place + 1 if needed else len(following)):
+        for at in range(place, min(place + 1, len(following)) if needed else len(following)):
             group = following[at]
-            if group not in self._streamed or group in self._held:
+            if group not in self._streamed or group in self._room.held:
                 continue
-            if not self._free:
-                victim = max(self._held, key=lambda each: uses.get(each, len(following)))
-                if uses.get(victim, len(following)) <= at:
-                    return
-                gone = self._held.pop(victim)
-                self._free.append((gone.slot, tuple(gone.users)))
-            self._fetch(group)
+            start = self._room.place(self._streamed[group], uses, at)
+            if start is None:
+                assert not needed, "a ring that holds less than its largest group"
+                return
+            self._fetch(group, start)
 
-    def _fetch(self, group: int) -> None:
-        slot, users = self._free.popleft()
+    def _fetch(self, group: int, start: int) -> None:
+        nbytes = self._streamed[group]
+        users = self._room.empty(start, nbytes)
         if self._routes.compute != "gpu":
-            step = self.add("read", "disk_read", group, -1, 0, users, slot=slot, prefetch=True)
-        elif group in self._routes.reads:
-            place, emptied = self._reads.popleft()
-            read = self.add("read", "disk_read", group, -1, 0, emptied, slot=place, prefetch=True)
-            step = self.add("upload", "h2d", group, -1, 0, (read, *users), slot=slot, prefetch=True)
-            self._reads.append((place, (step,)))
+            step = self.add("read", "disk_read", group, -1, 0, users, slot=start, prefetch=True)
         else:
-            step = self.add("upload", "h2d", group, -1, 0, users, slot=slot, prefetch=True)
-        self._held[group] = _Held(slot, step)
+            after = users
+            if group in self._routes.reads:
+                after = (*users, self._read(group))
+            step = self.add("upload", "h2d", group, -1, 0, after, slot=start, prefetch=True)
+            if group in self._way.held:
+                self._way.held[group].users.append(step)
+        self._room.put(group, start, nbytes, step)
+
+    def _read(self, group: int) -> int:
+        """From disk to the next bytes of the host's ring, round and round."""
+        nbytes = self._routes.reads[group]
+        if self._cursor + nbytes > self._routes.host_ring:
+            self._cursor = 0
+        users = self._way.empty(self._cursor, nbytes)
+        step = self.add("read", "disk_read", group, -1, 0, users, slot=self._cursor, prefetch=True)
+        if group in self._way.held:  # an older copy, elsewhere in the ring: its upload is long under way
+            self._way.retire(group)
+        self._way.put(group, self._cursor, nbytes, step)
+        self._cursor += nbytes
+        return step
 
 
 class _Pass:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
+from typing import Any
 
 import pytest
 
-from flexbatch.scheduler.lowering import Routes
+from flexbatch.scheduler.lowering import Lowered, Routes
 from flexbatch.scheduler.steps import Step
 from flexbatch.scheduler.training import Visit, cut, forward_order, reverse_order, riding_order
 from flexbatch.scheduler.training_lowering import TrainingLowerer
@@ -55,37 +55,17 @@ def test_riding_only_goes_forward() -> None:
     assert groups == list(range(7)) * (3 + 5)
 
 
-def replay(steps: list[Step], routes: Routes, state: dict[str, dict[int, int]]) -> Counter[str]:
-    """Carry Steps out as the worst executor would: each FIFO may run ahead as far as dependencies allow."""
-    done: set[int] = set()
-    ids = {step.id for step in steps}
-    bytes_in: Counter[str] = Counter()
-    for step in steps:
-        assert all(other in done or other not in ids for other in step.after), "waits for a later Step"
-        done.add(step.id)
-        bytes_in[step.kind] += 1
-        if step.kind == "read":
-            state["host"][step.slot] = step.group
-            assert 0 <= step.slot < routes.host_slots
-        if step.kind == "upload":
-            if step.group in routes.reads:
-                assert step.group in state["host"].values()
-            state["gpu"][step.slot] = step.group
-            assert 0 <= step.slot < routes.gpu_slots
-        if step.kind.startswith("learn"):
-            streamed = routes.uploads if routes.compute == "gpu" else routes.reads
-            if step.group in streamed:
-                held = state["gpu" if routes.compute == "gpu" else "host"]
-                assert step.group in held.values(), "the weights are not there"
-    return bytes_in
+def precedes(steps: list[Step], passes: dict[int, set[int]]) -> dict[int, set[int]]:
+    """All Steps that certainly run before each one: dependencies, the order of its resource, and earlier passes.
 
-
-def precedes(steps: list[Step]) -> dict[int, set[int]]:
-    """All Steps that certainly run before each one: dependencies and the order of its resource."""
+    ``passes``: the first Step of a pass -> what was waited for before it was submitted.
+    """
     before: dict[int, set[int]] = {}
     last: dict[str, int] = {}
+    done: set[int] = set()
     for step in steps:
-        own: set[int] = set()
+        done |= {each for other in passes.get(step.id, ()) for each in {other} | before[other]}
+        own = set(done)
         for other in [*step.after, *([last[step.resource]] if step.resource in last else [])]:
             own |= {other} | before.get(other, set())
         before[step.id] = own
@@ -93,67 +73,81 @@ def precedes(steps: list[Step]) -> dict[int, set[int]]:
     return before
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_slots_are_filled_after_their_last_use(seed: int) -> None:
+@pytest.mark.parametrize("seed", range(30))
+def test_bytes_are_overwritten_only_after_their_last_use(seed: int) -> None:
     rng = random.Random(seed)
     layers = rng.randint(2, 6)
-    compute = rng.choice(["cpu", "gpu"])
-    everything = list(range(layers + 2))
-    uploads = tuple(sorted(rng.sample(everything, rng.randint(1, len(everything))))) if compute == "gpu" else ()
-    pool = list(uploads) if compute == "gpu" else everything
-    reads = tuple(sorted(rng.sample(pool, rng.randint(0, len(pool)))))
+    compute: Any = rng.choice(["cpu", "gpu"])
+    groups = list(range(layers + 2))
+    size = {group: rng.randint(1, 9) for group in groups}
+    uploads = rng.sample(groups, rng.randint(1, len(groups))) if compute == "gpu" else []
+    reads = rng.sample(uploads or groups, rng.randint(0, len(uploads or groups)))
     routes = Routes(
         num_layers=layers,
-        compute=compute,  # type: ignore[arg-type]
-        reads=reads,
-        uploads=uploads,
-        host_slots=rng.randint(1, 3),
-        gpu_slots=rng.randint(1, 3) if compute == "gpu" else 0,
+        compute=compute,
+        reads={group: size[group] for group in sorted(reads)},
+        uploads={group: size[group] for group in sorted(uploads)},
+        host_ring=9 + rng.randint(0, 20),
+        gpu_ring=9 + rng.randint(0, 20),
     )
-    kept = {
-        group: rng.choice(["cpu", "disk"] + (["gpu"] if compute == "gpu" else [])) for group in range(1, layers + 1)
-    }
-    lowerer = TrainingLowerer(routes, kept)
-    state: dict[str, dict[int, int]] = {"host": {}, "gpu": {}}
+    tiers = ["cpu", "disk", "gpu"] if compute == "gpu" else ["cpu", "disk"]
+    lowerer = TrainingLowerer(routes, {group: rng.choice(tiers) for group in range(1, layers + 1)})
     everything_: list[Step] = []
+    runs: list[Lowered] = []
+    passes: dict[int, set[int]] = {}
     for number in range(4):
         batches = cut([rng.randint(1, 9) for _ in range(rng.randint(1, 5))], 8)
         order = [reverse_order(layers, len(batches), 1), riding_order(layers, len(batches), 1)][number % 2]
-        visits = forward_order(layers, len(batches)) if number == 2 else order
-        lowered = lowerer.lower(visits, batches)
-        replay(lowered.steps, routes, state)
-        everything_ += lowered.steps
+        waited = {step for run in runs for step in run.until}
+        lowered = lowerer.lower(forward_order(layers, len(batches)) if number == 2 else order, batches)
         assert {step.id for step in lowered.steps if step.kind.startswith("learn")} <= lowered.until
-    before = precedes(everything_)
-    fills = [step for step in everything_ if step.kind == ("upload" if compute == "gpu" else "read")]
-    uses = [step for step in everything_ if step.kind.startswith("learn")]
-    holder: dict[int, Step] = {}
-    position = {step.id: at for at, step in enumerate(everything_)}
-    for fill in fills:
-        previous = holder.get(fill.slot)
-        if previous is not None:
-            for use in uses:
-                between = position[previous.id] < position[use.id] < position[fill.id]
-                if between and use.group == previous.group:
-                    newest = [f for f in fills if f.group == use.group and position[f.id] < position[use.id]][-1]
-                    assert newest is not previous or use.id in before[fill.id], "overwritten while in use"
-        holder[fill.slot] = fill
-    for use in uses:  # and weights have come before they are used
-        found = [fill for fill in fills if fill.group == use.group and position[fill.id] < position[use.id]]
-        if found:
-            assert found[-1].id in before[use.id]
+        passes[lowered.steps[0].id] = waited
+        runs.append(lowered)
+        everything_ += lowered.steps
+    before = precedes(everything_, passes)
+    place = {step.id: at for at, step in enumerate(everything_)}
+    assert all(place[other] < place[step.id] for step in everything_ for other in step.after)
+    check_ring("read", "learn" if compute == "cpu" else "upload", size, routes.host_ring, before, everything_)
+    check_ring("upload", "learn", size, routes.gpu_ring, before, everything_)
+    last = "upload" if compute == "gpu" else "read"
+    for use in everything_:  # weights have come before they are used
+        if use.kind.startswith("learn") and use.group in (uploads if compute == "gpu" else reads):
+            fills = [s for s in everything_[: place[use.id]] if s.kind == last and s.group == use.group]
+            assert fills[-1].id in before[use.id]
     for step in everything_:
         if step.kind in ("input_read", "input_up"):  # what comes back has been put away
             saves = [s for s in everything_ if s.kind in ("input_write", "input_down")]
             own = [s for s in saves if (s.group, s.batch) == (step.group, step.batch)]
-            newest = [s for s in own if position[s.id] < position[step.id]][-1]
+            newest = [s for s in own if place[s.id] < place[step.id]][-1]
             assert newest.id in before[step.id]
+
+
+def check_ring(
+    kind: str, reader: str, size: dict[int, int], room: int, before: dict[int, set[int]], steps: list[Step]
+) -> None:
+    """What lay where something is brought to has been read by all that read it."""
+    place = {step.id: at for at, step in enumerate(steps)}
+    fills = [step for step in steps if step.kind == kind]
+    for at, fill in enumerate(fills):
+        assert 0 <= fill.slot <= room - size[fill.group]
+        for older in fills[:at]:
+            if older.slot < fill.slot + size[fill.group] and fill.slot < older.slot + size[older.group]:
+                readers = [
+                    step
+                    for step in steps[place[older.id] : place[fill.id]]
+                    if step.group == older.group and step.kind.startswith(reader)
+                ]
+                newest = {
+                    step.id: [f for f in fills if f.group == step.group and place[f.id] < place[step.id]][-1]
+                    for step in readers
+                }
+                assert all(step.id in before[fill.id] for step in readers if newest[step.id] is older)
 
 
 def test_the_turn_uses_what_is_still_there() -> None:
     """Three passes over L groups with S slots: each turn saves S reads."""
     layers = 6
-    routes = Routes(num_layers=layers, compute="cpu", reads=tuple(range(1, layers + 1)), host_slots=2)
+    routes = Routes(num_layers=layers, compute="cpu", reads=dict.fromkeys(range(1, layers + 1), 5), host_ring=10)
     lowerer = TrainingLowerer(routes, dict.fromkeys(range(1, layers + 1), "cpu"))
     reads = 0
     for _ in range(3):
