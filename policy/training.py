@@ -190,7 +190,7 @@ def working_bytes(size: ModelSize, job: TrainingJob, dtype: str) -> int:
 
 
 def riding_bytes(size: ModelSize, job: TrainingJob, dtype: str, *, below: bool) -> int:
-    """What riding takes of the tier of the products: as a pass does, with saved inputs there unless they rest ``below``.
+    """What riding takes of the tier of the products: as a pass does, with saved inputs there unless they are ``below``.
 
     Micro-batches are at all depths at once, so inputs are those of all layers for as many of them as are under way.
     """

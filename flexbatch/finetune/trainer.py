@@ -213,7 +213,7 @@ class Trainer:
         else:
             visits = reverse_order(layers, len(batches), lowest)
         lowered = self._lowerer.lower(visits, batches)
-        with self._metering(sum(counts)) as meter:
+        with self._metering(sum(counts) if training else 0) as meter:
             self._inputs.meter = meter
             self._inputs.begin([batch.tokens for batch in batches], saving=training)
             self.work.begin(batches, examples, self.seen, scale)
