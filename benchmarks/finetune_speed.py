@@ -1,4 +1,5 @@
-"""Tokens per second of LoRA finetuning with resident weights: ours and PEFT with gradient checkpointing, best size each.
+"""Tokens per second of LoRA finetuning with resident weights: ours and PEFT with gradient checkpointing.
+
 
     python benchmarks/finetune_speed.py --model DIR [--rows 8] [--tokens 256] [--rounds 3] [--output FILE]
 
