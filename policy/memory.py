@@ -12,11 +12,10 @@ from flexbatch.policy.cost import Cost, Precision
 from flexbatch.policy.footprint import DTYPE_BYTES, PAGE_TOKENS, ModelSize, UnitSize, packed_bytes
 from flexbatch.policy.machine import LANES, Machine
 from flexbatch.policy.plan import TIERS, TierMemory
-from flexbatch.policy.weights import WeightPlacement
+from flexbatch.policy.weights import BLOCK, WeightPlacement
 from flexbatch.policy.workload import Workload
 from flexbatch.units import MIB, Shares
 
-BLOCK = 4096
 _LOGIT_BYTES = 64 * MIB
 _LANE_SHARE = 32  # a lane takes at most this part of the smallest tier it stands on
 _LEAST_STAGED = 8  # rows that a lane holds even so

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from flexbatch.policy.cost import Cost, Load, Precision, Traffic, Way, traffic
 from flexbatch.policy.footprint import UnitSize
 from flexbatch.policy.machine import LANES, Machine
-from flexbatch.policy.memory import BLOCK, Cut, resident_bytes
+from flexbatch.policy.memory import Cut, resident_bytes
 from flexbatch.policy.program import Problem, Row
-from flexbatch.policy.weights import RANGE_SLACK, WeightPlacement
+from flexbatch.policy.weights import BLOCK, RANGE_SLACK, WeightPlacement
 from flexbatch.policy.workload import Mean
 from flexbatch.units import Shares
 
