@@ -13,6 +13,7 @@ import argparse
 import json
 import random
 import statistics
+import sys
 import time
 import warnings
 from collections import defaultdict
@@ -134,6 +135,7 @@ def main() -> None:
         for name, run in systems.items():
             started = time.perf_counter()
             run()
+            print(f"{name}: {total / (time.perf_counter() - started):.1f} tokens/s", file=sys.stderr, flush=True)
             if number:  # the first one warms up, and ours measures its memory
                 seconds[name].append(time.perf_counter() - started)
     for trainer in trainers:
