@@ -107,7 +107,7 @@ class Trainer:
             host_ring=self.plan.host_ring,
             gpu_ring=self.plan.gpu_ring,
             progress=progress,
-            packed=False,
+            blocked=False,
         )
         keep_freed_blocks(min(_KEPT, self.plan.memory[machine.compute].working))
         parameters.to(self._device.torch_device)
