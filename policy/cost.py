@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from flexbatch.errors import UsageError
+from flexbatch.errors import InternalError, UsageError
 from flexbatch.policy.footprint import DTYPE_BYTES, ModelSize, UnitSize
 from flexbatch.policy.profile import HardwareProfile, Processor
 from flexbatch.scheduler.steps import Kind, Resource
@@ -314,6 +314,10 @@ class Cost:
                 return self.step_s(resource) + self.link_s("disk_read", rows)
             case "adapter_read" | "adapter_up":
                 return 0.0  # the steady state has its adapters in place
+            case "input_down" | "input_write" | "input_read" | "input_up":
+                return self.link_s(resource, load.tokens * self.size.hidden_token_bytes(self.precision.dtype))
+            case "learn_gather" | "learn_embed" | "learn_forward" | "learn_loss" | "learn_backward":
+                raise InternalError(f"a {kind} step is finetuning's, which is not simulated")
             case _:
                 return self.link_s(resource, self.moved(kind, load))
 

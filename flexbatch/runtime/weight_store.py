@@ -89,6 +89,7 @@ class WeightStore:
 
     On a device without a GPU tier, units in RAM are widened to ``held``; all others, and weights in 4 bits anywhere,
     stay as stored until a product reads them. Small tensors are resident in ``compute`` dtype where products run.
+    ``blocked``: matrices may rest in a layout that only products by their transpose read.
     """
 
     def __init__(
@@ -105,12 +106,14 @@ class WeightStore:
         host_ring: int,
         gpu_ring: int,
         progress: Progress | None = None,
+        blocked: bool = True,
     ) -> None:
         self._checkpoint = checkpoint
         self._device = device
         self._reader = reader
         self._held = held
         self._compute = compute
+        self._blocked = blocked
         self._on_gpu = device.compute == "gpu"
         self._resident: list[GroupWeights] = []
         keys = Counter(unit.key for unit in units)
@@ -292,7 +295,7 @@ class WeightStore:
             return tuple(self._resting(entry, transposed=linear.transposed) for entry in entries)
         stacked = self._stacked(group, linear)
         shared = any(stacked is table for table in self._tables.values())
-        return (stacked if shared or self._on_gpu else pack(stacked),)
+        return (stacked if shared or self._on_gpu or not self._blocked else pack(stacked),)
 
     def _resting(self, entry: TensorEntry, *, transposed: bool) -> Weight:
         """One part of a resident linear of which some are in 4 bits."""

@@ -28,6 +28,15 @@ Kind = Literal[
     "kv_write",  # host -> disk
     "finish",
     "head",
+    "learn_gather",  # finetuning: rows of the token embedding
+    "learn_embed",  # a micro-batch of examples through the embedding,
+    "learn_forward",  # a layer,
+    "learn_loss",  # the head, with the loss and its gradient,
+    "learn_backward",  # and back through a layer
+    "input_down",  # the input of a layer, kept for backward: GPU -> host
+    "input_write",  # host -> disk
+    "input_read",  # disk -> host
+    "input_up",  # host -> GPU
 ]
 
 
