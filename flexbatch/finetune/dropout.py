@@ -60,8 +60,8 @@ class Dropout:
         rows = _low_half(_mixed(self.keys ^ np.uint64(module))).to(x.device)
         state = rows.unsqueeze(1) ^ _columns(x.shape[1]).to(x.device)
         state.mul_(_FINAL_1)
-        state.bitwise_xor_(state >> 13)
+        state.bitwise_xor_((state >> 13) & 0x7FFFF)  # a shift of signed numbers copies the sign: masked
         state.mul_(_FINAL_2)
-        state.bitwise_xor_(state >> 16)
+        state.bitwise_xor_((state >> 16) & 0xFFFF)
         kept = state >= int(self.rate * 2**32) - 2**31
         return torch.where(kept, x * (1 / (1 - self.rate)), 0.0)
