@@ -14,6 +14,9 @@ from flexbatch.requests import Request, Result, TokenizedRequest
 
 if TYPE_CHECKING:
     from flexbatch.checkpoint.locate import ModelFolder
+    from flexbatch.finetune.job import FinetuneTask
+    from flexbatch.finetune.optimizer import NamedTensors
+    from flexbatch.finetune.training import TrainerLike
     from flexbatch.text.codec import TextCodec
 
 LoadProgress = Callable[[str, int, int], None]
@@ -126,6 +129,20 @@ class Backend:
         from flexbatch.runtime.engine import Engine
 
         return Engine(folder, codec, options, Workload.of(requests), progress, trace=trace, adapters=adapters)
+
+    def parameters(self, task: FinetuneTask) -> NamedTensors:
+        """Return the factors that a training begins with."""
+        from flexbatch.finetune.start import parameters_of
+
+        return parameters_of(task)
+
+    def trainer(
+        self, task: FinetuneTask, parameters: NamedTensors, examples_done: int, progress: LoadProgress
+    ) -> TrainerLike:
+        """Load the model for training ``parameters``, of which ``examples_done`` examples have been seen."""
+        from flexbatch.finetune.start import trainer_of
+
+        return trainer_of(task, parameters, examples_done, progress)
 
 
 def resolved(plan: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from typing import NoReturn
 from flexbatch import __version__
 from flexbatch.cli.backend import Backend
 from flexbatch.cli.console import print_error
+from flexbatch.cli.finetune import run_finetune
+from flexbatch.cli.finetune_options import add_finetune_options, finetune_command
 from flexbatch.cli.info import add_info_options, run_info
 from flexbatch.cli.options import add_run_options, run_options
 from flexbatch.cli.plan import add_plan_options, run_plan
@@ -37,6 +39,8 @@ def main(argv: Sequence[str] | None = None, backend: Backend | None = None) -> i
             code = run_profile(values)
         elif values.command == "plan":
             code = run_plan(values)
+        elif values.command == "finetune":
+            code = run_finetune(finetune_command(values), backend or Backend(), [*program, *arguments])
         else:
             code = run_job(run_options(values), backend or Backend(), [*program, *arguments])
         if sys.stdout is not None:
@@ -78,6 +82,8 @@ def _parser() -> argparse.ArgumentParser:
     add_plan_options(plan)
     profile = commands.add_parser("profile", help="measure this machine for plans", allow_abbrev=False)
     add_profile_options(profile)
+    finetune = commands.add_parser("finetune", help="train a LoRA adapter", allow_abbrev=False)
+    add_finetune_options(finetune)
     info = commands.add_parser("info", help="say what a model is and what it takes", allow_abbrev=False)
     add_info_options(info)
     return parser

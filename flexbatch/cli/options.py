@@ -86,7 +86,7 @@ def run_options(values: argparse.Namespace) -> RunOptions:
         params=params,
         engine=engine if plan is None else plan.applied(engine),
         chat=values.chat,
-        template=None if values.chat_template is None else _read_template(values.chat_template),
+        template=None if values.chat_template is None else read_template(values.chat_template),
         dummy_weights=values.dummy_weights,
         stats=values.stats,
         trace=values.trace,
@@ -179,6 +179,11 @@ def device_options(values: argparse.Namespace) -> EngineOptions:
 
 def _add_machine(group: argparse._ArgumentGroup) -> None:
     add_device_options(group)
+    add_dtype_options(group)
+
+
+def add_dtype_options(group: argparse._ArgumentGroup) -> None:
+    """Give ``group`` the type of products, the budgets of RAM and disk, and made-up weights."""
     dtypes = ("auto", "float16", "bfloat16", "float32")
     group.add_argument("--dtype", choices=dtypes, default="auto", help="for compute, KV and hidden states")
     group.add_argument("--cpu-memory", type=_size("--cpu-memory"), metavar="SIZE", help="default 80%% of what is free")
@@ -189,7 +194,9 @@ def _add_machine(group: argparse._ArgumentGroup) -> None:
 def _add_placement(group: argparse._ArgumentGroup) -> None:
     for name, what in (("weights", "weights"), ("kv", "KV cache"), ("hidden", "hidden states")):
         option = f"--{name}"
-        group.add_argument(option, type=_shares(option), metavar="SHARES", help=f"placement of {what} (default auto)")
+        group.add_argument(
+            option, type=shares_option(option), metavar="SHARES", help=f"placement of {what} (default auto)"
+        )
     group.add_argument("--cpu-attention", type=_switch, metavar="on|off", help="attend on the CPU (default auto)")
     for name in ("--weight-bits", "--kv-bits"):
         group.add_argument(name, type=_bits(name), default=16, metavar="16|4|auto", help="default 16")
@@ -234,7 +241,8 @@ def _size(option: str) -> Callable[[str], int]:
     return parse
 
 
-def _shares(option: str) -> Callable[[str], Shares | None]:
+def shares_option(option: str) -> Callable[[str], Shares | None]:
+    """Return what reads the value of ``option``, three percentages or ``auto``."""
     return lambda text: None if text == "auto" else parse_shares(text, option)
 
 
@@ -284,7 +292,8 @@ def _folder(option: str, path: Path | None) -> Path | None:
     return path
 
 
-def _read_template(path: Path) -> str:
+def read_template(path: Path) -> str:
+    """Return the text of a chat template's file; UsageError where it cannot be read."""
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:

@@ -1,0 +1,294 @@
+"""One adapter from its rows to its folder: what is checked first, where a stopped training goes on, what is written.
+
+Says in which order things happen. Everything that can be wrong is looked for before the weights are loaded; how a
+training is shown to people, and what a signal means, is the surface's business.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from flexbatch.checkpoint.hub import SHORT_NAMES
+from flexbatch.checkpoint.locate import ModelFolder
+from flexbatch.errors import AdapterError, InputError, UsageError
+from flexbatch.finetune.checkpoints import Checkpoint, Checkpoints, Record
+from flexbatch.finetune.examples import Example, ExampleEncoder, Examples, require_window
+from flexbatch.finetune.optimizer import NamedTensors, make_optimizer
+from flexbatch.finetune.options import FinetuneOptions
+from flexbatch.finetune.output import (
+    AdapterSettings,
+    CardFacts,
+    check_output,
+    model_card,
+    module_names,
+    move_into_place,
+    target_names,
+    write_adapter,
+    write_text,
+)
+from flexbatch.finetune.schedule import Course
+from flexbatch.finetune.training import Held, Observer, TrainerLike, Training
+from flexbatch.jobs.identity import JobIdentity, from_json
+from flexbatch.jobs.training_rows import Chat, Completion, Text, TrainingData
+from flexbatch.lora.folders import CONFIG, fingerprint
+from flexbatch.lora.modules import modules_of
+from flexbatch.models.registry import family_of
+from flexbatch.options import EngineOptions
+from flexbatch.runtime.setup import disk_folder
+from flexbatch.text.codec import TextCodec
+
+HISTORY = "training.json"
+"""The file in an adapter's folder that says which job made it, and every loss."""
+
+
+@dataclass(frozen=True, slots=True)
+class FinetuneTask:
+    """What is asked for: everything that is known before a row is encoded. ``template`` is a chat template's text."""
+
+    folder: ModelFolder
+    fingerprint: str
+    codec: TextCodec | None
+    data: TrainingData
+    output: Path
+    options: FinetuneOptions
+    engine: EngineOptions
+    version: str
+    template: str | None = None
+    overwrite: bool = False
+
+    def identity(self) -> JobIdentity:
+        """What makes two trainings the same."""
+        options = self.options
+        settings = {
+            **options.result_settings(),
+            "init_from": None if options.init_from is None else fingerprint({"": options.init_from}, [""]),
+            "chat_template": self.template,
+            "dtype": self.engine.dtype,
+            "dummy_weights": self.folder.dummy,
+        }
+        return JobIdentity(self.folder.name, self.fingerprint, self.data.digest, settings, {})
+
+
+MakeParameters = Callable[[FinetuneTask], NamedTensors]
+MakeTrainer = Callable[[FinetuneTask, NamedTensors, int], TrainerLike]
+
+
+class FinetuneJob:
+    """A task in the doing, or what is left of it. ``close`` it; ``record`` says what has happened.
+
+    Making one encodes the rows and looks for checkpoints. Raises InputError listing bad rows, or where checkpoints
+    belong to another job; UsageError where the output cannot go where it should.
+    """
+
+    def __init__(self, task: FinetuneTask) -> None:
+        self.task = task
+        self.record = Record()
+        self.warnings: list[str] = []
+        self.begun = False
+        self._identity = task.identity()
+        self._training: Training | None = None
+        self.completed = self._completed()
+        if self.completed is not None:
+            self.record = self.completed
+            return
+        check_output(task.output, overwrite=task.overwrite)
+        self._settings_from = _inherited(task.options.init_from)
+        self._examples = self._encode()
+        self.course = Course.of(task.options, len(self._examples))
+        self._checkpoints = Checkpoints(task.output)
+        try:
+            self._found = None if task.overwrite else self._checkpoint()
+        except BaseException:
+            self._checkpoints.close()
+            raise
+
+    @property
+    def resumed(self) -> int:
+        """Steps that an earlier run has done."""
+        return 0 if self._found is None else self._found.record.steps
+
+    def run(
+        self,
+        parameters: MakeParameters,
+        trainer: MakeTrainer,
+        observe: Observer,
+        held: Held = nullcontext,
+    ) -> None:
+        """Train, and write the output. Raises DivergedError, DoesNotFitError and what the trainer raises."""
+        task = self.task
+        tensors = parameters(task)
+        settings = self._settings(tensors)
+        folder = self._checkpoints.path if task.engine.disk_dir is None else disk_folder(task.engine)
+        with closing(make_optimizer(task.options, tensors, folder)) as optimizer:
+            self._training = Training(
+                task.options,
+                self.course,
+                self._examples,
+                tensors,
+                optimizer,
+                self._checkpoints,
+                self._identity,
+                settings,
+            )
+            if self._found is not None:
+                self._training.resume(self._found)
+            self.record = self._training.record
+            with closing(trainer(task, tensors, self._training.examples_done)) as made:
+                if task.overwrite:
+                    self._checkpoints.clear()
+                self.begun = True
+                self._training.run(made, observe, held)
+        with held():
+            self._finish(tensors, settings)
+
+    def save(self) -> Path | None:
+        """Keep the finished steps of a training that was broken off; return where, or None if there are none."""
+        return None if self._training is None or not self.begun else self._training.save()
+
+    def close(self) -> None:
+        """Let go of the output's place."""
+        if self.completed is None:
+            self._checkpoints.close()
+
+    def stats(self) -> dict[str, Any]:
+        """The contract's figures of a training, steps of earlier runs included."""
+        record = self.record
+        return {
+            "steps": record.steps,
+            "losses": record.losses,
+            "tokens": record.tokens,
+            "trained_tokens": record.trained_tokens,
+            "train_s": record.seconds,
+            "tokens_per_s": record.tokens / record.seconds if record.seconds else 0.0,
+            "peak_activation_bytes": record.peak_activation_bytes,
+        }
+
+    # --- before the model is loaded ----------------------------------------------------------------------------
+
+    def _completed(self) -> Record | None:
+        """The record of the same job if its output is there."""
+        path = self.task.output / HISTORY
+        if self.task.overwrite or not path.is_file():
+            return None
+        try:
+            value = json.loads(path.read_bytes())
+            identity, record = from_json(value["job"]), Record(**value["record"])
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+        if identity is None or not (self.task.output / CONFIG).is_file():
+            return None
+        if found := self._identity.differences(identity):
+            remedy = "choose another name, or replace it with --overwrite"
+            raise UsageError(
+                f"--output {self.task.output}: exists, from a training that differs in {', '.join(found)}: {remedy}"
+            )
+        return record
+
+    def _encode(self) -> Examples:
+        task = self.task
+        task.data.require_valid()
+        require_window(task.options.max_length, task.folder.shape)
+        encoder = ExampleEncoder(
+            task.codec, task.folder.shape, max_length=task.options.max_length, template=task.template
+        )
+        contents = [row.content for row in task.data.rows if row.content is not None]
+        examples, faults = _encoded(encoder, contents)
+        task.data.with_faults(faults).require_valid()
+        if encoder.cut:
+            limit = task.options.max_length
+            self.warnings.append(f"{encoder.cut} of {len(examples)} rows were cut to --max-length {limit} tokens")
+        return examples
+
+    def _checkpoint(self) -> Checkpoint | None:
+        found = self._checkpoints.latest()
+        if found is not None and (differences := self._identity.differences(found.identity)):
+            raise InputError(
+                f"{found.path} belongs to another training; what differs: {', '.join(differences)}: run with the same "
+                "options and rows, or start anew with --overwrite"
+            )
+        return found
+
+    # --- afterwards --------------------------------------------------------------------------------------------
+
+    def _settings(self, tensors: NamedTensors) -> AdapterSettings:
+        task = self.task
+        table = family_of(task.folder.shape).table(task.folder.shape)
+        adapted = module_names(tensors.names())
+        return AdapterSettings(
+            base=base_name(task.folder),
+            rank=task.options.rank,
+            alpha=task.options.alpha,
+            modules=target_names(adapted, modules_of(table)),
+            dropout=task.options.dropout,
+            transposed=bool(table.transposed()),
+            inherited=self._settings_from,
+        )
+
+    def _finish(self, tensors: NamedTensors, settings: AdapterSettings) -> None:
+        task, record = self.task, self.record
+        made = self._checkpoints.scratch("output")
+        write_adapter(made, settings, tensors, model_card(self._card(tensors, settings)))
+        history = {"job": self._identity.to_json(), "record": asdict(record)}
+        write_text(made / HISTORY, json.dumps(history, allow_nan=False) + "\n")
+        move_into_place(made, task.output)
+        self._checkpoints.remove()
+
+    def _card(self, tensors: NamedTensors, settings: AdapterSettings) -> CardFacts:
+        task, record = self.task, self.record
+        said = settings.to_json()
+        return CardFacts(
+            name=task.output.absolute().name,
+            base=settings.base,
+            data=Path(task.data.name).name,
+            rows=len(self._examples),
+            steps=record.steps,
+            epochs=record.steps / self.course.steps_per_epoch,
+            tokens=record.tokens,
+            trained_tokens=record.trained_tokens,
+            parameters=sum(tensors.parameter(name).numel() for name in tensors.names()),
+            modules=tuple(said["target_modules"]) if isinstance(said["target_modules"], list) else settings.modules,
+            settings={**task.options.result_settings(), "rank": said["r"], "alpha": said["lora_alpha"]},
+            first_loss=record.losses[0],
+            last_loss=record.losses[-1],
+            version=task.version,
+        )
+
+
+def base_name(folder: ModelFolder) -> str:
+    """Return what PEFT can load the base by: a hub id, or the folder's path."""
+    if Path(folder.name).expanduser().exists() or folder.name == "demo":
+        return str(folder.path.resolve())
+    return SHORT_NAMES.get(folder.name.lower(), folder.name)
+
+
+def _encoded(
+    encoder: ExampleEncoder, contents: Sequence[Text | Completion | Chat]
+) -> tuple[Examples, list[str | None]]:
+    examples = Examples()
+    faults: list[str | None] = []
+    for example in encoder.encode_all(contents):
+        if isinstance(example, Example):
+            examples.append(example)
+        faults.append(example if isinstance(example, str) else None)
+    return examples, faults
+
+
+def _inherited(folder: Path | None) -> dict[str, Any] | None:
+    """The settings of the adapter that a training begins from."""
+    if folder is None:
+        return None
+    try:
+        value = json.loads((folder / CONFIG).read_bytes())
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not valid JSON"
+        raise AdapterError(
+            f"--init-from {folder}: {CONFIG} cannot be read ({reason}): give an adapter's folder"
+        ) from None
+    if not isinstance(value, dict):
+        raise AdapterError(f"--init-from {folder}: {CONFIG} is no JSON object: give an adapter's folder")
+    return value
