@@ -106,6 +106,7 @@ class DirectReader:
         self.bytes_read = 0
         self._request_bytes = request_bytes
         self._pool = RequestPool(threads)
+        self._rows_pool = RequestPool(threads)  # rows of a table do not wait behind layers of weights
         self._throttle = Throttle(rate)
         self._lock = threading.Lock()
         self._files: dict[Path, BlockFile] = {}
@@ -115,7 +116,9 @@ class DirectReader:
 
         The place must start at a block; it takes ``plan.nbytes``. After an error its contents are undefined.
         """
-        place = buffer[offset : offset + plan.nbytes]
+        return self._read(plan, buffer[offset : offset + plan.nbytes], self._pool)
+
+    def _read(self, plan: ReadPlan, place: Tensor, pool: RequestPool) -> int:
         assert place.dtype == torch.uint8
         assert len(place) == plan.nbytes, "the buffer is too small for the plan"
         view = aligned_bytes(place)
@@ -123,7 +126,7 @@ class DirectReader:
         for part in plan.ranges:
             target = view[part.position : part.position + part.nbytes]
             requests += split(self._open(part.path), part.start, target, part.needed, self._request_bytes)
-        count = self._pool.run(_fetch, requests, self._throttle)
+        count = pool.run(_fetch, requests, self._throttle)
         with self._lock:
             self.bytes_read += count
         return count
@@ -146,7 +149,7 @@ class DirectReader:
         for first in range(0, len(unique), at_once):
             part = unique[first : first + at_once].tolist()
             plan = plan_reads([Extent(path, base + row * row_bytes, row_bytes) for row in part], gap=0)
-            self.read(plan, staging)
+            self._read(plan, staging[: plan.nbytes], self._rows_pool)
             begin, end = np.searchsorted(ordered, (first, first + len(part)))
             result.numpy()[order[begin:end]] = windows[np.asarray(plan.offsets)[ordered[begin:end] - first]]
         return result
@@ -154,6 +157,7 @@ class DirectReader:
     def close(self) -> None:
         """Close the files and end the threads; calling it again does nothing."""
         self._pool.close()
+        self._rows_pool.close()
         with self._lock:
             for file in self._files.values():
                 file.close()

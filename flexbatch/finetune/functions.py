@@ -1,0 +1,173 @@
+"""What backward needs beside torch's own derivatives: linears of frozen weights with adapters, and rotation.
+
+With y = x W' + s u B' and u = x A', backward reads x and dy only: du = s dy B, dB = s dy' u, dA = du' x,
+dx = dy W + du A. Frozen weights get no gradient, so the input of a linear without an adapter is not kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexbatch.compression.precision import TILE_BYTES
+from flexbatch.finetune.dropout import Dropout
+from flexbatch.finetune.parameters import LinearFactors
+from flexbatch.kernels.linear import linear
+from flexbatch.kernels.rotary import apply_rotary
+from flexbatch.memory.weights import Operand
+
+_FEWEST_COLUMNS = 128  # narrower products would be slow
+
+
+def backward_product(dy: Tensor, operand: Operand, outputs: Sequence[int]) -> Tensor:
+    """From dy [T, out] to dy @ W [T, in], in dy's type: the one place that knows how weights rest.
+
+    ``outputs``: those of each module of the linear. Sums are made module by module, so that they do not depend on
+    whether a linear rests as one matrix or as several.
+    """
+    total: Tensor | None = None
+    column = 0
+    for rows in _modules(operand.parts, outputs):
+        product = _times(dy[:, column : column + rows.shape[0]], rows)
+        total = product if total is None else total.add_(product)
+        column += rows.shape[0]
+    assert total is not None
+    return total
+
+
+def _modules(parts: Sequence[Tensor], outputs: Sequence[int]) -> Iterator[Tensor]:
+    """The weight [out_i, in] of each module."""
+    if len(parts) == len(outputs):
+        yield from (part.to_dense() if part.is_mkldnn else part for part in parts)
+        return
+    (stacked,) = parts
+    yield from (stacked.to_dense() if stacked.is_mkldnn else stacked).split(list(outputs))
+
+
+def _times(dy: Tensor, weight: Tensor) -> Tensor:
+    """[T, out] @ [out, in]; a weight in a narrower type is widened some columns at a time."""
+    if weight.dtype == dy.dtype:
+        return _product(dy, weight)
+    rows, columns = weight.shape
+    result = dy.new_empty(dy.shape[0], columns)
+    at_once = min(columns, max(_FEWEST_COLUMNS, TILE_BYTES // (rows * dy.dtype.itemsize)))
+    scratch = torch.empty(rows * at_once, dtype=dy.dtype, device=dy.device)
+    for start in range(0, columns, at_once):
+        stop = min(start + at_once, columns)
+        tile = scratch[: rows * (stop - start)].view(rows, stop - start).copy_(weight[:, start:stop])
+        result[:, start:stop] = _product(dy, tile)
+    return result
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """[T, k] @ [k, n]. oneDNN reads the second matrix as it lies, and is the faster one in fp32 on a CPU."""
+    if left.device.type == "cpu" and left.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(left.contiguous(), right.t(), None, "none", [], "")
+        return product
+    return left @ right
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptedProduct:
+    """One linear at work: the frozen ``operand`` of modules with so many ``outputs``, and its ``factors``.
+
+    ``valued``: whether anything reads the numbers of the result; if not only its shape is (see ``pruning``).
+    Gradients of the factors are multiplied by ``weight`` and added to those that ``factors`` holds.
+    """
+
+    operand: Operand
+    outputs: tuple[int, ...]
+    factors: LinearFactors | None
+    dropout: Dropout | None
+    weight: float
+    valued: bool = True
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[T, in] -> [T, out], and u [T, sum of ranks] where there are adapters."""
+        if self.valued:
+            y = linear(x, self.operand.parts, self.operand.bias)
+        else:
+            y = x.new_zeros(x.shape[0], sum(self.outputs))
+        if self.factors is None:
+            return y, None
+        u = self._inner(x, self.factors)
+        if self.valued:
+            for part in self.factors.parts:
+                y[:, part.columns] += (part.scale * (u[:, part.rows] @ part.b.t())).to(y.dtype)
+        return y, u
+
+    def backward(self, dy: Tensor, x: Tensor | None, u: Tensor | None, *, wanted: bool) -> Tensor | None:
+        """From dy [T, out] to dx [T, in] if it is ``wanted``; adds to the gradients of the factors."""
+        dx = backward_product(dy, self.operand, self.outputs) if wanted else None
+        factors = self.factors
+        if factors is None:
+            return dx
+        assert x is not None
+        assert u is not None
+        wide = dy.to(factors.a.dtype)
+        du = torch.empty_like(u)
+        for part in factors.parts:
+            own = wide[:, part.columns]
+            torch.mm(own, part.b, out=du[:, part.rows]).mul_(part.scale)
+            part.b_gradient.addmm_(own.t(), u[:, part.rows], alpha=self.weight * part.scale)
+        x = x.to(factors.a.dtype)
+        if self.dropout is None:
+            factors.a_gradient.addmm_(du.t(), x, alpha=self.weight)
+            return dx if dx is None else dx.add_((du @ factors.a).to(dx.dtype))
+        for part in factors.parts:
+            own = du[:, part.rows]
+            factors.a_gradient[part.rows].addmm_(own.t(), self.dropout.apply(x, part.key), alpha=self.weight)
+            if dx is not None:
+                dx.add_(self.dropout.apply(own @ factors.a[part.rows], part.key).to(dx.dtype))
+        return dx
+
+    def _inner(self, x: Tensor, factors: LinearFactors) -> Tensor:
+        x = x.to(factors.a.dtype)
+        if self.dropout is None:
+            return x @ factors.a.t()
+        inner = x.new_empty(x.shape[0], factors.a.shape[0])
+        for part in factors.parts:
+            torch.mm(self.dropout.apply(x, part.key), factors.a[part.rows].t(), out=inner[:, part.rows])
+        return inner
+
+
+class AdaptedLinear(torch.autograd.Function):
+    """``AdaptedProduct`` under autograd. ``anchor`` requires a gradient where factors do, and never gets one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor | None, product: AdaptedProduct) -> Tensor:  # noqa: ARG004
+        """[T, in] -> [T, out]."""
+        y, u = product.forward(x)
+        if y._is_view():  # families change results in place, which autograd forbids for views made in here
+            y = torch.empty(0, dtype=y.dtype, device=y.device).set_(
+                y.untyped_storage(), y.storage_offset(), y.shape, y.stride()
+            )
+        ctx.product = product
+        ctx.save_for_backward(*(() if u is None else (x, u)))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None]:
+        """The gradient of x; those of the factors go to where they are summed."""
+        x, u = ctx.saved_tensors or (None, None)
+        return ctx.product.backward(gradients[0], x, u, wanted=ctx.needs_input_grad[0]), None, None
+
+
+class Rotate(torch.autograd.Function):
+    """Rotary position embedding: the gradient is turned back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """[T, heads, dim] -> the same, turned."""
+        ctx.rotation = cos, sin
+        return apply_rotary(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        """The gradient of x."""
+        cos, sin = ctx.rotation
+        return apply_rotary(gradients[0], cos, -sin), None, None

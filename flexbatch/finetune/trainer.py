@@ -1,0 +1,233 @@
+"""The trainer: examples in, gradients of the adapter's factors out, with the base model's weights on any tier.
+
+It knows neither files of data nor optimizers; those stand on top of it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from flexbatch.checkpoint.locate import ModelFolder
+from flexbatch.checkpoint.reader import open_checkpoint
+from flexbatch.errors import InternalError
+from flexbatch.finetune.inputs import SavedInputs
+from flexbatch.finetune.meter import ActivationMeter
+from flexbatch.finetune.parameters import Parameters
+from flexbatch.finetune.work import TrainedTokens, Work
+from flexbatch.memory.direct import DirectReader
+from flexbatch.models.registry import family_of
+from flexbatch.models.spec import model_size
+from flexbatch.options import EngineOptions
+from flexbatch.policy.machine import LANES
+from flexbatch.policy.training import WINDOW, TrainingJob, plan_training
+from flexbatch.runtime.allocator import keep_freed_blocks
+from flexbatch.runtime.executor import Executor
+from flexbatch.runtime.setup import disk_folder, machine_for, open_device
+from flexbatch.runtime.trace import Trace
+from flexbatch.runtime.weight_store import Progress, WeightStore, unit_sizes, units_of
+from flexbatch.scheduler.lowering import Routes
+from flexbatch.scheduler.training import Order, cut, forward_order, reverse_order, riding_order
+from flexbatch.scheduler.training_lowering import TrainingLowerer
+from flexbatch.units import MIB
+
+_KEPT = 256 * MIB  # freed memory that a process may keep for its next product
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """The sum of -log p over ``tokens`` targets."""
+
+    total: float
+    tokens: int
+
+
+class Trainer:
+    """One loaded base model and the adapter that is trained on it.
+
+    ``window``: tokens that are computed together (None: 512). ``dropout`` is PEFT's, on the adapters' inputs; its masks
+    follow from ``seed``, from how many examples came before (``seen``, to be set when a run is resumed) and from
+    positions. ``tokens``: of all examples of the largest call, ``longest``: of the longest one; the plan's memory holds
+    for these. ``order``: a reverse sweep, or riding on sweeps that only go forward.
+
+    Raises DoesNotFitError if that does not fit, ModelError if weights cannot be read, UsageError for options that this
+    machine cannot follow.
+    """
+
+    def __init__(
+        self,
+        folder: ModelFolder,
+        parameters: Parameters,
+        options: EngineOptions,
+        *,
+        window: int | None = None,
+        dropout: float = 0.0,
+        seed: int = 0,
+        tokens: int = 2048,
+        longest: int | None = None,
+        order: Order = "reverse",
+        progress: Progress | None = None,
+        trace: bool = False,
+    ) -> None:
+        assert 0 <= dropout < 1
+        self.seen = 0
+        self.parameters = parameters
+        self._order: Order = order
+        self._window = window or WINDOW
+        shape = folder.shape
+        family = family_of(shape)
+        table = family.table(shape)
+        checkpoint = open_checkpoint(folder, table)
+        units = units_of(table, checkpoint, shape.vocab_size)
+        self._shape = shape
+        self._device = open_device(options)
+        machine = machine_for(options, self._device, shape.stored_dtype)
+        groups = parameters.groups
+        if not groups:
+            raise InternalError("an adapter without modules")
+        self._lowest = groups[0]
+        job = TrainingJob(tokens, self._window, longest or tokens, parameters.elements, self._lowest)
+        self.plan = plan_training(
+            model_size(shape, table), unit_sizes(units), job, options, machine, stored_dtype=shape.stored_dtype
+        )
+        self._reader = DirectReader(rate=options.rates.get("disk_read"))
+        weights = WeightStore(
+            table,
+            checkpoint,
+            units,
+            self.plan.tiers,
+            self._device,
+            self._reader,
+            held=getattr(torch, self.plan.weights_dtype),
+            compute=getattr(torch, self.plan.dtype),
+            host_ring=self.plan.host_ring,
+            gpu_ring=self.plan.gpu_ring,
+            progress=progress,
+            packed=False,
+        )
+        keep_freed_blocks(min(_KEPT, self.plan.memory[machine.compute].working))
+        parameters.to(self._device.torch_device)
+        self._routes = Routes(
+            num_layers=shape.num_layers,
+            compute=self._device.compute,
+            reads=weights.reads,
+            uploads=weights.uploads,
+            host_ring=self.plan.host_ring,
+            gpu_ring=self.plan.gpu_ring,
+            gather=weights.gather_on,
+            lanes=LANES,
+        )
+        dtype: torch.dtype = getattr(torch, self.plan.dtype)
+        self._inputs = SavedInputs(
+            self._device,
+            self.plan.kept,
+            dtype,
+            shape.hidden_size,
+            LANES,
+            disk_folder(options),
+            options.rates,
+        )
+        self.work = Work(
+            shape, family, weights, parameters, self._inputs, self._device, dropout=dropout, seed=seed,
+            loss_bytes=self.plan.loss_bytes,
+        )  # fmt: skip
+        self._trace = Trace(keep=trace)
+        self._executor = Executor(self.work.handlers(), self._device, self._trace, overlap=self.plan.overlap)
+        self._lowerer = TrainingLowerer(self._routes, self.plan.kept)
+        self._passes = 0
+        self._metered = 0
+        self._peak = 0
+        self._seconds = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def peak_activation_bytes(self) -> int:
+        """The most bytes in memory that hidden states, what backward keeps and gradients of either took: measured."""
+        return self._peak
+
+    def accumulate(self, examples: Sequence[TrainedTokens], scale: float) -> Loss:
+        """Add d(scale * sum of the targets' -log p) / d(A, B) to the gradients, in one pass over the examples."""
+        loss = self._pass(examples, scale)
+        self.seen += len(examples)
+        return loss
+
+    def evaluate(self, examples: Sequence[TrainedTokens]) -> Loss:
+        """The loss, without dropout and gradients."""
+        return self._pass(examples, None)
+
+    def stats(self) -> dict[str, Any]:
+        """What has been moved, in bytes, how long resources were busy, and the peaks."""
+        return {
+            "passes": self._passes,
+            "seconds": self._seconds,
+            "moved_bytes": {
+                "h2d": self._device.moved["h2d"],
+                "d2h": self._device.moved["d2h"],
+                "disk_read": self._reader.bytes_read + self._inputs.bytes_read,
+                "disk_write": self._inputs.bytes_written,
+            },
+            "busy_s": dict(self._trace.busy_s),
+            "step_s": dict(self._trace.kind_s),
+            "peak_activation_bytes": self._peak,
+            "peak_bytes": {"gpu": self._device.gpu_peak, "disk": self._inputs.disk_bytes},
+        }
+
+    def close(self) -> None:
+        """Let go of weights and files, and end all threads."""
+        self._executor.close()
+        self._inputs.close()
+        self._reader.close()
+        self._device.close()
+
+    def _pass(self, examples: Sequence[TrainedTokens], scale: float | None) -> Loss:
+        started = time.perf_counter()
+        # What comes after the last target changes nothing; the last target itself is only predicted.
+        counts = [max((at for at, is_target in enumerate(each.trained) if is_target), default=0) for each in examples]
+        batches = cut(counts, self._window)
+        if not batches:
+            return Loss(0.0, 0)
+        training = scale is not None
+        layers, lowest = self._shape.num_layers, self._lowest
+        if not training:
+            visits = forward_order(layers, len(batches))
+        elif self._order == "riding":
+            visits = riding_order(layers, len(batches), lowest)
+        else:
+            visits = reverse_order(layers, len(batches), lowest)
+        lowered = self._lowerer.lower(visits, batches)
+        with self._metering(sum(counts)) as meter:
+            self._inputs.meter = meter
+            self._inputs.begin([batch.tokens for batch in batches], saving=training)
+            self.work.begin(batches, examples, self.seen, scale)
+            try:
+                self._executor.run(lowered.steps, self._passes, lowered.until)
+            finally:
+                self._inputs.end()
+        self._passes += 1
+        total, tokens = self.work.finish()
+        self._seconds += time.perf_counter() - started
+        return Loss(total, tokens)
+
+    @contextmanager
+    def _metering(self, tokens: int) -> Iterator[ActivationMeter | None]:
+        """Measure passes that are larger than any before; the others cannot need more, and run at full speed."""
+        if tokens <= self._metered:
+            yield None
+            return
+        self._metered = tokens
+        with ActivationMeter() as meter:
+            yield meter
+        self._peak = max(self._peak, meter.peak)

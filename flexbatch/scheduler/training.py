@@ -1,0 +1,146 @@
+"""How finetuning is cut and ordered: micro-batches of whole examples, their windows, and what a visit of a group does.
+
+Pure: lengths in, plain data out. Two orders of backward: a reverse sweep, or riding on sweeps that only go forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+TaskKind = Literal["learn_embed", "learn_forward", "learn_loss", "learn_backward"]
+Order = Literal["reverse", "riding"]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Part of one example in a window: rows ``start`` to ``stop`` of its micro-batch; the example begins at ``first``.
+
+    A row's position in its example is the row minus ``first``.
+    """
+
+    first: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Rows ``start`` to ``stop`` of a micro-batch that are computed together, cut by examples."""
+
+    start: int
+    stop: int
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LearningBatch:
+    """Whole examples (by number) end to end: ``counts`` rows of each, and windows in the order of the rows."""
+
+    examples: tuple[int, ...]
+    counts: tuple[int, ...]
+    windows: tuple[Window, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Rows."""
+        return sum(self.counts)
+
+
+def cut(counts: Sequence[int], window: int) -> list[LearningBatch]:
+    """Cut examples of ``counts`` rows into micro-batches: as many whole ones as fill a window, or one that is longer.
+
+    So a window never holds the end of one example and the beginning of another that goes on in the next window, and
+    keys and values exist for one micro-batch at a time. Examples without rows are left out.
+    """
+    assert window >= 1
+    batches: list[LearningBatch] = []
+    open_: list[int] = []
+    for number, count in enumerate(counts):
+        if count == 0:
+            continue
+        if open_ and sum(counts[each] for each in open_) + count > window:
+            batches.append(_batch(open_, counts, window))
+            open_ = []
+        open_.append(number)
+    if open_:
+        batches.append(_batch(open_, counts, window))
+    return batches
+
+
+def _batch(examples: Sequence[int], counts: Sequence[int], window: int) -> LearningBatch:
+    own = tuple(counts[each] for each in examples)
+    windows: list[Window] = []
+    if len(own) == 1:
+        for start in range(0, own[0], window):
+            stop = min(start + window, own[0])
+            windows.append(Window(start, stop, (Piece(0, start, stop),)))
+    else:
+        pieces: list[Piece] = []
+        row = 0
+        for count in own:
+            pieces.append(Piece(row, row, row + count))
+            row += count
+        windows.append(Window(0, row, tuple(pieces)))
+    return LearningBatch(tuple(examples), own, tuple(windows))
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One micro-batch's work at one group."""
+
+    kind: TaskKind
+    batch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Visit:
+    """What is done while the weights of ``group`` are there."""
+
+    group: int
+    tasks: tuple[Task, ...]
+
+
+def forward_order(layers: int, batches: int) -> list[Visit]:
+    """One sweep that only measures the loss."""
+    numbers = range(batches)
+    return [Visit(group, tuple(Task(_forward(group, layers), each) for each in numbers)) for group in range(layers + 2)]
+
+
+def reverse_order(layers: int, batches: int, lowest: int) -> list[Visit]:
+    """A sweep forward and one in reverse, down to group ``lowest``, the first with something to train."""
+    back = tuple(Task("learn_backward", each) for each in range(batches))
+    return forward_order(layers, batches) + [Visit(group, back) for group in _down(layers, lowest)]
+
+
+def riding_order(layers: int, batches: int, lowest: int) -> list[Visit]:
+    """Sweeps that only go forward: each takes in a micro-batch, and those before it go one layer back each.
+
+    Micro-batch m goes forward in sweep m and back through its j-th layer from the top in sweep m + j. A group sees the
+    micro-batches in the same order as in a reverse sweep, so sums of gradients are the same to the bit.
+    """
+    down = _down(layers, lowest)
+    visits: list[Visit] = []
+    for sweep in range(batches + len(down)):
+        tasks: dict[int, list[Task]] = {group: [] for group in range(layers + 2)}
+        for depth, group in enumerate(down, start=1):
+            batch = sweep - depth
+            if 0 <= batch < batches:
+                tasks[group].append(Task("learn_backward", batch))
+        if sweep < batches:
+            for group in range(layers + 2):
+                tasks[group].append(Task(_forward(group, layers), sweep))
+        visits += [Visit(group, tuple(own)) for group, own in tasks.items()]
+    return visits
+
+
+def _down(layers: int, lowest: int) -> list[int]:
+    """The groups that backward passes, the last first; the head's part is done with the loss."""
+    return list(range(layers, lowest - 1, -1))
+
+
+def _forward(group: int, layers: int) -> TaskKind:
+    if group == 0:
+        return "learn_embed"
+    return "learn_loss" if group == layers + 1 else "learn_forward"
