@@ -14,7 +14,7 @@ from flexbatch.requests import Request, Result, TokenizedRequest
 
 if TYPE_CHECKING:
     from flexbatch.checkpoint.locate import ModelFolder
-    from flexbatch.finetune.job import FinetuneTask
+    from flexbatch.finetune.job import FinetuneTask, Sizes
     from flexbatch.finetune.optimizer import NamedTensors
     from flexbatch.finetune.training import TrainerLike
     from flexbatch.text.codec import TextCodec
@@ -137,12 +137,12 @@ class Backend:
         return parameters_of(task)
 
     def trainer(
-        self, task: FinetuneTask, parameters: NamedTensors, examples_done: int, progress: LoadProgress
+        self, task: FinetuneTask, parameters: NamedTensors, sizes: Sizes, progress: LoadProgress
     ) -> TrainerLike:
-        """Load the model for training ``parameters``, of which ``examples_done`` examples have been seen."""
+        """Load the model for training ``parameters``."""
         from flexbatch.finetune.start import trainer_of
 
-        return trainer_of(task, parameters, examples_done, progress)
+        return trainer_of(task, parameters, sizes, progress)
 
 
 def resolved(plan: Mapping[str, Any]) -> dict[str, Any]:

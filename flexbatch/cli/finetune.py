@@ -100,7 +100,7 @@ def _finetune(command: FinetuneCommand, backend: Backend, console: Console, job:
     )
     with closing(LoadMeter(console)) as loading, TrainMeter(console) as meter:
         job.run(
-            backend.parameters, lambda task, made, done: backend.trainer(task, made, done, loading), meter, stop.held
+            backend.parameters, lambda task, made, sizes: backend.trainer(task, made, sizes, loading), meter, stop.held
         )
     rate = job.stats()["tokens_per_s"]
     speed = f"{job.record.tokens} tokens in {format_duration(job.record.seconds)}, {rate:.1f} tokens/s"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from flexbatch.finetune.output import (
     model_card,
     module_names,
     move_into_place,
+    remove_output,
     target_names,
     write_adapter,
     write_text,
@@ -74,8 +75,20 @@ class FinetuneTask:
         return JobIdentity(self.folder.name, self.fingerprint, self.data.digest, settings, {})
 
 
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What a trainer has to know of the data: how many examples came before (of earlier runs), and how large they get.
+
+    ``batch_tokens``: of all examples of the largest batch; ``longest``: of the longest example.
+    """
+
+    examples_done: int
+    batch_tokens: int
+    longest: int
+
+
 MakeParameters = Callable[[FinetuneTask], NamedTensors]
-MakeTrainer = Callable[[FinetuneTask, NamedTensors, int], TrainerLike]
+MakeTrainer = Callable[[FinetuneTask, NamedTensors, Sizes], TrainerLike]
 
 
 class FinetuneJob:
@@ -124,8 +137,9 @@ class FinetuneJob:
         tensors = parameters(task)
         settings = self._settings(tensors)
         folder = self._checkpoints.path if task.engine.disk_dir is None else disk_folder(task.engine)
-        with closing(make_optimizer(task.options, tensors, folder)) as optimizer:
-            self._training = Training(
+        with ExitStack() as opened:
+            optimizer = opened.enter_context(closing(make_optimizer(task.options, tensors, folder)))
+            training = Training(
                 task.options,
                 self.course,
                 self._examples,
@@ -136,19 +150,22 @@ class FinetuneJob:
                 settings,
             )
             if self._found is not None:
-                self._training.resume(self._found)
-            self.record = self._training.record
-            with closing(trainer(task, tensors, self._training.examples_done)) as made:
+                training.resume(self._found)
+            self.record = training.record
+            if self.record.steps < self.course.steps:
+                made = opened.enter_context(closing(trainer(task, tensors, self._sizes(training.examples_done))))
                 if task.overwrite:
                     self._checkpoints.clear()
+                    remove_output(task.output)
+                self._training = training
                 self.begun = True
-                self._training.run(made, observe, held)
+                training.run(made, observe, held)
         with held():
             self._finish(tensors, settings)
 
     def save(self) -> Path | None:
         """Keep the finished steps of a training that was broken off; return where, or None if there are none."""
-        return None if self._training is None or not self.begun else self._training.save()
+        return None if self._training is None else self._training.save()
 
     def close(self) -> None:
         """Let go of the output's place."""
@@ -212,6 +229,13 @@ class FinetuneJob:
                 "options and rows, or start anew with --overwrite"
             )
         return found
+
+    def _sizes(self, done: int) -> Sizes:
+        examples, course = self._examples, self.course
+        steps = range(min(course.steps, course.steps_per_epoch))
+        batches = [rows for step in steps for rows in course.batches(step)]
+        lengths = [[examples.length(row) for row in rows] for rows in batches]
+        return Sizes(done, max(map(sum, lengths)), max(map(max, lengths)))
 
     # --- afterwards --------------------------------------------------------------------------------------------
 

@@ -116,15 +116,16 @@ def check_output(output: Path, *, overwrite: bool) -> None:
         raise UsageError(f"--output {output}: exists: choose another name, or replace it with --overwrite")
 
 
+def remove_output(output: Path) -> None:
+    """Take the adapter away that ``check_output`` has found to be one, if any."""
+    if output.is_dir():
+        shutil.rmtree(output, ignore_errors=True)
+
+
 def move_into_place(made: Path, output: Path) -> None:
-    """Give the finished folder ``made`` the name ``output``; an adapter that is there gives way."""
-    old = made.with_name(made.name + ".old")
+    """Give the finished folder ``made`` the name ``output``, where at most an empty folder is."""
     try:
-        shutil.rmtree(old, ignore_errors=True)
-        if output.exists():
-            output.rename(old)
         made.rename(output)
-        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise disk_error(error, output) from None
     sync_folder(output.absolute().parent)

@@ -49,10 +49,14 @@ class FakeLoss:
 
 @dataclass
 class FakeTrainer:
-    """The loss of a token is the square of (the sum of all factors - token / 100). ``before(n)``: at call n."""
+    """The loss of a token is the square of (the sum of all factors - token / 100). ``before(n)``: at call n.
+
+    ``bad``: what is not a number, and from which call on.
+    """
 
     parameters: FakeParameters
     before: Callable[[int], None] | None = None
+    bad: tuple[str, int] | None = None
     calls: list[tuple[tuple[int, ...], float]] = field(default_factory=list)
     peak_activation_bytes: int = 1000
     closed: int = 0
@@ -71,7 +75,10 @@ class FakeTrainer:
                         self.parameters.gradient(name).add_(2 * gap * scale)
                     total += float(gap * gap)
                     count += 1
-        return FakeLoss(total, count)
+        what, call = self.bad or ("", 0)
+        if what == "gradient" and len(self.calls) > call:
+            self.parameters.gradient(self.parameters.names()[-1]).fill_(torch.nan)
+        return FakeLoss(torch.nan if what == "loss" and len(self.calls) > call else total, count)
 
     def close(self) -> None:
         self.closed += 1

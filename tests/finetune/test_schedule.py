@@ -23,7 +23,7 @@ def test_rates_are_those_of_transformers(warmup: int, steps: int) -> None:
             if schedule == "cosine"
             else get_constant_schedule_with_warmup(optimizer, warmup)
         )
-        rate = LearningRate(3e-4, steps, warmup, schedule)  # type: ignore[arg-type]
+        rate = LearningRate(3e-4, steps, warmup, schedule)
         for step in range(steps):
             assert rate.at(step) == pytest.approx(oracle.get_last_lr()[0], rel=1e-12, abs=0)
             optimizer.step()
@@ -45,8 +45,7 @@ def test_steps_take_the_rows_in_order() -> None:
                 break
             if epochs is None and most is not None and len(by_hand) >= most:
                 break
-            order = iter(range(rows))
-            batches = list(iter(lambda order=order: list(itertools.islice(order, size)), []))  # type: ignore[misc]
+            batches = [list(range(at, min(at + size, rows))) for at in range(0, rows, size)]
             by_hand += [batches[at : at + count] for at in range(0, len(batches), count)]
         by_hand = by_hand[:most]
         assert course.steps == len(by_hand)

@@ -101,6 +101,6 @@ def test_objects_are_rows_as_well(tmp_path: Path) -> None:
     assert [row.content for row in data.rows] == [content for _, content in GOOD]
     assert data.digest == training_rows([row for row, _ in GOOD]).digest
     assert data.digest != training_rows([{"text": "abc"}]).digest
-    assert "no JSON object" in str(training_rows([{"text": {1}}]).rows[0].error)  # type: ignore[dict-item]
+    assert "no JSON object" in str(training_rows([{"text": {1}}]).rows[0].error)
     with pytest.raises(InputError, match="holds no rows"):
         training_rows([])
