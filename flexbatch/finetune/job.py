@@ -15,6 +15,7 @@ from typing import Any
 
 from flexbatch.checkpoint.hub import SHORT_NAMES
 from flexbatch.checkpoint.locate import ModelFolder
+from flexbatch.checkpoint.reader import open_checkpoint
 from flexbatch.errors import AdapterError, InputError, UsageError
 from flexbatch.finetune.checkpoints import Checkpoint, Checkpoints, Record
 from flexbatch.finetune.examples import Example, ExampleEncoder, Examples, require_window
@@ -58,9 +59,9 @@ class FinetuneTask:
     output: Path
     options: FinetuneOptions
     engine: EngineOptions
-    version: str
     template: str | None = None
     overwrite: bool = False
+    version: str = ""
 
     def identity(self) -> JobIdentity:
         """What makes two trainings the same."""
@@ -279,8 +280,13 @@ class FinetuneJob:
             settings={**task.options.result_settings(), "rank": said["r"], "alpha": said["lora_alpha"]},
             first_loss=record.losses[0],
             last_loss=record.losses[-1],
-            version=task.version,
+            made_by=f"flexbatch {task.version}".strip(),
         )
+
+
+def weights_fingerprint(folder: ModelFolder) -> str:
+    """Return the hash that tells this model's weights from others; reads headers only."""
+    return open_checkpoint(folder, family_of(folder.shape).table(folder.shape)).fingerprint
 
 
 def base_name(folder: ModelFolder) -> str:

@@ -148,7 +148,7 @@ class CardFacts:
     settings: Mapping[str, Any]
     first_loss: float
     last_loss: float
-    version: str
+    made_by: str
 
 
 def model_card(facts: CardFacts) -> str:
@@ -162,7 +162,7 @@ def model_card(facts: CardFacts) -> str:
         "",
         f"# {facts.name}",
         "",
-        f"A LoRA adapter for `{facts.base}`, trained with flexbatch {facts.version}: {facts.parameters:,} numbers on "
+        f"A LoRA adapter for `{facts.base}`, trained with {facts.made_by}: {facts.parameters:,} numbers on "
         f"{', '.join(f'`{name}`' for name in facts.modules)}.",
         "",
         "## Training",

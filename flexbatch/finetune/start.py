@@ -6,12 +6,27 @@ Knows both the task and the engine's side; nothing of the loop between them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
+from typing import Any
 
-from flexbatch.finetune.job import FinetuneTask, Sizes
+from flexbatch.finetune.job import FinetuneJob, FinetuneTask, Sizes
 from flexbatch.finetune.optimizer import NamedTensors
 from flexbatch.finetune.parameters import Parameters
 from flexbatch.finetune.trainer import Trainer
+from flexbatch.finetune.training import Observer, Progress
+
+
+def train(
+    task: FinetuneTask,
+    loading: Callable[[str, int, int], None] | None = None,
+    observe: Observer | None = None,
+) -> dict[str, Any]:
+    """Do a task, or what is left of it, and return its figures."""
+    with closing(FinetuneJob(task)) as job:
+        if job.completed is None:
+            job.run(parameters_of, lambda task, made, sizes: trainer_of(task, made, sizes, loading), observe or _unseen)
+        return job.stats()
 
 
 def parameters_of(task: FinetuneTask) -> Parameters:
@@ -47,3 +62,7 @@ def trainer_of(
     )
     trainer.seen = sizes.examples_done
     return trainer
+
+
+def _unseen(progress: Progress) -> None:
+    del progress

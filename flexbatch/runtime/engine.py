@@ -205,6 +205,10 @@ class Engine:
             yield from results
             yield from lost
 
+    def put_adapter(self, name: str, folder: Path) -> None:
+        """Let rows of later runs name the adapter in ``folder``; one of that name before is forgotten."""
+        self._adapters.put(name, folder)
+
     def snapshot(self) -> RunProgress:
         """How far the run is."""
         return self._progress
