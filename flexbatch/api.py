@@ -154,7 +154,8 @@ class LLM:
 
         A prompt is text, token ids, or a chat (a list of messages); one alone may be given without a list around it.
         ``params`` and ``lora`` (an adapter or its name; None: the base model) are for all prompts, or one each. A row
-        that fails alone has ``error`` set. Raises InputError for a prompt that cannot be used, naming its place in the list.
+        that fails alone has ``error`` set. Raises InputError for a prompt that cannot be used, naming its place in the
+        list.
         """
         rows = _prompt_list(prompts)
         each = _for_each(params if params is not None else SamplingParams(), len(rows), "params")

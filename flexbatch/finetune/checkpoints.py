@@ -64,21 +64,14 @@ class Checkpoints:
         self.path = Path(f"{output}.part")
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"{self.path}: is a file, where checkpoints of --output {output} go: move it away")
-        self._found = self.path.exists()
         try:
             self.path.mkdir(exist_ok=True)
             self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise disk_error(error, self.path) from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        if not _locked(self._lock, self.path / _LOCK):
             os.close(self._lock)
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise disk_error(error, self.path) from None
-            raise UsageError(
-                f"{self.path}: another run is writing there: wait for it, or choose another --output"
-            ) from None
+            raise UsageError(f"{self.path}: another run is writing there: wait for it, or choose another --output")
         self._open = True
 
     def latest(self) -> Checkpoint | None:
@@ -156,8 +149,8 @@ class Checkpoints:
         if not self._open:
             return
         self._open = False
-        if not self._found and self.path.is_dir() and {entry.name for entry in self.path.iterdir()} <= {_LOCK}:
-            with suppress(OSError):
+        with suppress(OSError):
+            if {entry.name for entry in self.path.iterdir()} <= {_LOCK}:
                 (self.path / _LOCK).unlink()
                 self.path.rmdir()
         os.close(self._lock)
@@ -167,6 +160,18 @@ class Checkpoints:
             return [entry.name for entry in self.path.iterdir() if _NAME.fullmatch(entry.name)]
         except OSError:
             return []
+
+
+def _locked(fd: int, path: Path) -> bool:
+    """Take the lock, and say whether this process has it; True on a file system that knows none."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
+    try:
+        return os.path.samestat(os.fstat(fd), path.stat())
+    except FileNotFoundError:  # whoever had it has just finished and taken the folder away
+        return False
 
 
 def _name(steps: int) -> str:

@@ -109,6 +109,8 @@ class FinetuneJob:
         self.completed = self._completed()
         if self.completed is not None:
             self.record = self.completed
+            if Path(f"{task.output}.part").is_dir():  # the run that completed it died just then
+                Checkpoints(task.output).remove()
             return
         check_output(task.output, overwrite=task.overwrite)
         self._settings_from = _inherited(task.options.init_from)

@@ -171,4 +171,4 @@ class Training:
 
 def _remedy(rate: float, kept: Path | None) -> str:
     lower = f"lower --learning-rate (it was {rate:.3g} there) or --clip, and start anew with --overwrite"
-    return lower if kept is None else f"{lower}, or from the last good state with --init-from {kept}"
+    return lower if kept is None else f"{lower}, or go on from {kept} with --init-from and another --output"

@@ -171,16 +171,16 @@ def test_dropout_goes_on_where_it_was(tmp_path: Path) -> None:
     rows = rows_for(149, 10)
     options: dict[str, Any] = {"max_steps": 7, "rank": 2, "dropout": 0.3, "batch_size": 2, "save_every": 1}
 
-    class Enough(Exception):
+    class EnoughError(Exception):
         pass
 
     def stop(progress: Any) -> None:
         if progress.step == 4:
-            raise Enough
+            raise EnoughError
 
     with LLM(path) as llm:
         whole = llm.finetune(rows, tmp_path / "whole", **options)
-        with pytest.raises(Enough):
+        with pytest.raises(EnoughError):
             llm.finetune(rows, tmp_path / "broken", **options, observe=stop)
         resumed = llm.finetune(rows, tmp_path / "broken", **options)
         plain = llm.finetune(rows, tmp_path / "plain", **{**options, "dropout": 0.0})
