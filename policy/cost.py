@@ -316,7 +316,7 @@ class Cost:
                 return 0.0  # the steady state has its adapters in place
             case "input_down" | "input_write" | "input_read" | "input_up":
                 return self.link_s(resource, load.tokens * self.size.hidden_token_bytes(self.precision.dtype))
-            case "learn_embed" | "learn_forward" | "learn_loss" | "learn_backward":
+            case "learn_gather" | "learn_embed" | "learn_forward" | "learn_loss" | "learn_backward":
                 raise InternalError(f"a {kind} step is finetuning's, which is not simulated")
             case _:
                 return self.link_s(resource, self.moved(kind, load))

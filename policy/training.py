@@ -20,7 +20,8 @@ from flexbatch.units import MIB, Shares, format_size
 
 WINDOW = 512
 """Tokens of a window unless asked for otherwise: enough rows for products, few enough for their inner states."""
-_LOSS_BYTES = 32 * MIB  # of logits
+LOSS_BYTES = 32 * MIB
+"""Bytes of logits that exist at a time."""
 _STATES = 4  # numbers of fp32 a trained one needs: itself, its gradient, two moments
 _STEPS = 64  # tries from everything on a tier to nothing
 
@@ -151,7 +152,7 @@ def _account(
         tiers=placement.tiers,
         kept=kept,
         window=job.window,
-        loss_bytes=_LOSS_BYTES,
+        loss_bytes=LOSS_BYTES,
         dtype=dtype,
         weights_dtype=weights_dtype,
         host_ring=placement.host_ring,
@@ -182,10 +183,21 @@ def working_bytes(size: ModelSize, job: TrainingJob, dtype: str) -> int:
     inner = 8 * shape.hidden_size + 3 * size.qkv_width + 9 * shape.intermediate_size
     kv_width = 2 * shape.num_kv_heads * shape.head_dim
     keys = job.longest * kv_width * (each + 3 * 4)
-    rows = min(job.tokens, max(16, min(1024, _LOSS_BYTES // (4 * shape.vocab_size))))
+    rows = min(job.tokens, max(16, min(1024, LOSS_BYTES // (4 * shape.vocab_size))))
     logits = 2 * rows * shape.vocab_size * 4
     states = 2 * job.tokens * size.hidden_token_bytes(dtype)
     return states + max(min(job.window, job.longest) * inner * each + keys, logits)
+
+
+def riding_bytes(size: ModelSize, job: TrainingJob, dtype: str, *, below: bool) -> int:
+    """What riding takes of the tier of the products: as a pass does, with saved inputs there unless they are ``below``.
+
+    Micro-batches are at all depths at once, so inputs are those of all layers for as many of them as are under way.
+    """
+    layers = size.shape.num_layers + 1 - max(1, job.lowest)
+    inputs = 0 if below else layers * job.tokens * size.hidden_token_bytes(dtype)
+    transfers = 2 * LANES * job.longest * size.hidden_token_bytes(dtype) if below else 0
+    return working_bytes(size, job, dtype) + inputs + transfers + job.elements * 4 * _STATES
 
 
 def _misfit(plan: TrainingPlan) -> DoesNotFitError:

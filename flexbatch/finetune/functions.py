@@ -97,7 +97,11 @@ class AdaptedProduct:
         u = self._inner(x, self.factors)
         if self.valued:
             for part in self.factors.parts:
-                y[:, part.columns] += (part.scale * (u[:, part.rows] @ part.b.t())).to(y.dtype)
+                own = y[:, part.columns]
+                if y.dtype == u.dtype:
+                    own.addmm_(u[:, part.rows], part.b.t(), alpha=part.scale)
+                else:
+                    own += (part.scale * (u[:, part.rows] @ part.b.t())).to(y.dtype)
         return y, u
 
     def backward(self, dy: Tensor, x: Tensor | None, u: Tensor | None, *, wanted: bool) -> Tensor | None:

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -57,7 +58,7 @@ class ActivationMeter(TorchDispatchMode):
         self.take(-nbytes)
 
     def _note(self, tensor: Tensor, *, counted: bool) -> None:
-        if tensor.layout != _STRIDED:
+        if tensor.layout != torch.strided:
             return
         storage = tensor.untyped_storage()
         key = storage._cdata
@@ -72,6 +73,3 @@ class ActivationMeter(TorchDispatchMode):
         self._known[key] = weakref.ref(storage, gone)
         self._sizes[key] = size
         self.take(size)
-
-
-_STRIDED = Tensor().layout

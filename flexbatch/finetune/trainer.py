@@ -87,7 +87,7 @@ class Trainer:
         units = units_of(table, checkpoint, shape.vocab_size)
         self._shape = shape
         self._device = open_device(options)
-        machine = machine_for(options, self._device, shape.stored_dtype)
+        machine = machine_for(options, self._device, folder.native_dtype or shape.stored_dtype)
         groups = parameters.groups
         if not groups:
             raise InternalError("an adapter without modules")
@@ -138,7 +138,12 @@ class Trainer:
             loss_bytes=self.plan.loss_bytes,
         )  # fmt: skip
         self._trace = Trace(keep=trace)
-        self._executor = Executor(self.work.handlers(), self._device, self._trace, overlap=self.plan.overlap)
+        self._executor = Executor(
+            {"read": weights.read, "upload": weights.upload, **self.work.handlers()},
+            self._device,
+            self._trace,
+            overlap=self.plan.overlap,
+        )
         self._lowerer = TrainingLowerer(self._routes, self.plan.kept)
         self._passes = 0
         self._metered = 0
@@ -208,7 +213,7 @@ class Trainer:
         else:
             visits = reverse_order(layers, len(batches), lowest)
         lowered = self._lowerer.lower(visits, batches)
-        with self._metering(sum(counts)) as meter:
+        with self._metering(sum(counts) if training else 0) as meter:
             self._inputs.meter = meter
             self._inputs.begin([batch.tokens for batch in batches], saving=training)
             self.work.begin(batches, examples, self.seen, scale)

@@ -5,6 +5,7 @@ It knows where things are; neither why these examples were chosen nor when a Ste
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -64,7 +65,10 @@ class BatchState:
 
 @dataclass(slots=True)
 class Work:
-    """The handlers of one trainer, and the micro-batches of the pass that is under way."""
+    """The handlers of one trainer, and the micro-batches of the pass that is under way.
+
+    ``seconds`` of the thread that issues products went into them so far.
+    """
 
     shape: ModelShape
     family: Family
@@ -75,6 +79,7 @@ class Work:
     dropout: float
     seed: int
     loss_bytes: int
+    seconds: float = 0.0
     _states: list[BatchState] = field(default_factory=list)
     _scale: float | None = None
     _rotary: RotaryTable | None = None
@@ -99,18 +104,24 @@ class Work:
     def handlers(self) -> dict[str, Callable[[Step], None]]:
         """What the executor calls for each kind of Step."""
         return {
-            "read": self.weights.read,
-            "upload": self.weights.upload,
-            "gather": self._gather,
-            "learn_embed": _normal(self._embed),
-            "learn_forward": _normal(self._forward),
-            "learn_loss": _normal(self._loss),
-            "learn_backward": _normal(self._backward),
+            "learn_gather": self._gather,
+            "learn_embed": _normal(self._timed(self._embed)),
+            "learn_forward": _normal(self._timed(self._forward)),
+            "learn_loss": _normal(self._timed(self._loss)),
+            "learn_backward": _normal(self._timed(self._backward)),
             "input_down": _normal(self.inputs.down),
             "input_write": _normal(self.inputs.write),
             "input_read": _normal(self.inputs.read),
             "input_up": _normal(self.inputs.up),
         }
+
+    def _timed(self, handler: Callable[[Step], None]) -> Callable[[Step], None]:
+        def run(step: Step) -> None:
+            started = time.perf_counter()
+            handler(step)
+            self.seconds += time.perf_counter() - started
+
+        return run
 
     def begin(
         self, batches: Sequence[LearningBatch], examples: Sequence[TrainedTokens], seen: int, scale: float | None

@@ -37,6 +37,7 @@ from flexbatch.runtime.allocator import keep_freed_blocks
 from flexbatch.runtime.hardware import peak_rss, product_rate
 from flexbatch.runtime.hidden import HiddenMoves
 from flexbatch.runtime.micro_batch import Readout
+from flexbatch.runtime.passenger import Loaded, Passenger
 from flexbatch.runtime.profile_cache import machine_profile
 from flexbatch.runtime.setup import allocate_kv, disk_folder, machine_for, open_device
 from flexbatch.runtime.sweep_runner import SweepRunner
@@ -87,9 +88,11 @@ class Engine:
         trace: bool = False,
         adapters: Mapping[str, Path] | None = None,
         delays: Callable[[Step], float] | None = None,
+        passenger: Passenger | None = None,
     ) -> None:
         started = time.perf_counter()
         self._delays = delays
+        self._passenger = passenger
         self._folder = folder
         self._codec = codec
         # Only 16 bits can run: ``auto`` has one choice.
@@ -103,6 +106,10 @@ class Engine:
         self._units = unit_sizes(units)
         self._device = open_device(options)
         self._machine = machine_for(options, self._device, folder.native_dtype or folder.shape.stored_dtype)
+        if passenger is not None:
+            taken = passenger.working_bytes(self._machine.dtype)
+            room = self._machine.budget(self._machine.compute) - taken
+            self._machine = self._machine.with_budget(self._machine.compute, max(0, room))
         self._profile = machine_profile(
             self._device,
             disk_folder(options),
@@ -131,6 +138,9 @@ class Engine:
         self._loaded_bytes = sum(entry.nbytes for entry in {id(e): e for e in checkpoint.entries.values()}.values())
         rope = folder.shape.rope
         self._rotary = None if rope is None else RotaryTable(rope, self._device.torch_device)
+        if passenger is not None:
+            dtype: torch.dtype = getattr(torch, self.plan.dtype)
+            passenger.join(Loaded(self._shape, self._family, self._weights, self._device, dtype, self._routes()))
         self._kv: KVMemory | None = None
         self._spill: SpillFile | None = None
         self._trace = Trace(keep=trace)
@@ -170,11 +180,15 @@ class Engine:
         runner, store = self._runner(adapters)
         try:
             yield from self._sweeps(scheduler, runner, store)
-        except BaseException:
+        except BaseException as error:
             self._adapters.forget()
+            if self._passenger is not None:
+                self._passenger.leave(error)
             raise
         finally:
             runner.close()
+        if self._passenger is not None:
+            self._passenger.leave(None)
         if adapters is not None:
             self._adapters.finish(adapters)
         for pool in pages.values():
@@ -293,8 +307,8 @@ class Engine:
             self._spill.close()
             self._spill = None
 
-    def _runner(self, adapters: AdapterRun | None) -> tuple[SweepRunner, AdapterStore | None]:
-        routes = Routes(
+    def _routes(self) -> Routes:
+        return Routes(
             num_layers=self._shape.num_layers,
             compute=self._device.compute,
             reads=self._weights.reads,
@@ -305,6 +319,9 @@ class Engine:
             cpu_attention=self.plan.cpu_attention > 0 or self.plan.gpu_attention is not None,
             lanes=LANES,
         )
+
+    def _runner(self, adapters: AdapterRun | None) -> tuple[SweepRunner, AdapterStore | None]:
+        routes = self._routes()
         page = self._page_shape(self.plan)
         if self._kv is None:
             self._spill, self._kv = allocate_kv(
@@ -325,6 +342,7 @@ class Engine:
             trace=self._trace,
             adapters=store,
             delays=self._delays,
+            passenger=self._passenger,
         )
         return runner, store
 

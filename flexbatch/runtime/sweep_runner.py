@@ -5,6 +5,7 @@ It knows where things are; it does not know why these tokens were chosen or what
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
@@ -26,6 +27,7 @@ from flexbatch.runtime.executor import Executor
 from flexbatch.runtime.hidden import HiddenMoves
 from flexbatch.runtime.kv_moves import KVMoves
 from flexbatch.runtime.micro_batch import MicroBatchState, Readout, start
+from flexbatch.runtime.passenger import Passenger
 from flexbatch.runtime.readout import read
 from flexbatch.runtime.trace import Trace
 from flexbatch.runtime.weight_store import WeightStore
@@ -63,6 +65,7 @@ class SweepRunner:
         trace: Trace,
         adapters: AdapterStore | None = None,
         delays: Callable[[Step], float] | None = None,
+        passenger: Passenger | None = None,
     ) -> None:
         self._shape = shape
         self._family = family
@@ -100,6 +103,9 @@ class SweepRunner:
         }
         if adapters is not None:
             handlers |= {"adapter_read": adapters.read, "adapter_up": adapters.up}
+        if passenger is not None:
+            handlers |= passenger.handlers()
+        self._passenger = passenger
         self._executor = Executor(handlers, device, trace, overlap=plan.overlap, delays=delays)
 
     def run(self, sweep: Sweep, *, more: bool) -> list[tuple[Slice, Readout]]:
@@ -129,9 +135,13 @@ class SweepRunner:
             flight.states.append(state)
             flight.readouts.append([])
         self._flight = flight
-        lowered = self._lowerer.lower(sweep, more=more)
+        started = time.perf_counter()
+        ride = None if self._passenger is None else self._passenger.board()
+        lowered = self._lowerer.lower(sweep, more=more, ride=ride)
         with torch.inference_mode():
             self._executor.run(lowered.steps, sweep.number, lowered.until)
+        if self._passenger is not None:
+            self._passenger.arrive(time.perf_counter() - started)
         for state in flight.states:
             self._hidden.settle(state)
         self._flight = _Flight()

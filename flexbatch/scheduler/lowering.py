@@ -8,7 +8,7 @@ next.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from flexbatch.scheduler.steps import Kind, Resource, Step
@@ -144,15 +144,18 @@ class Lowerer:
         self._lanes: deque[tuple[int, tuple[int, ...]]] = deque((lane, ()) for lane in range(routes.lanes))
         self._steps: list[Step] = []
         self._until: set[int] = set()
+        self._ride: Ride | None = None
 
-    def lower(self, sweep: Sweep, *, more: bool) -> Lowered:
+    def lower(self, sweep: Sweep, *, more: bool, ride: Ride | None = None) -> Lowered:
         """Return the Steps of ``sweep`` in an order that a serial executor can follow.
 
         Every micro-batch passes a layer before the next layer starts, so a layer's weights are fetched once. Where
         attention waits for another resource, a micro-batch is finished after the next one is projected, so that the
         two overlap; where the CPU attends to some and the GPU to others, the former after all of the latter. ``more``:
-        another sweep follows, whose first weights may be fetched already.
+        another sweep follows, whose first weights may be fetched already. ``ride`` adds what others do with a group's
+        weights while they are there.
         """
+        self._ride = ride
         self._steps, self._until = [], set()
         self._oldest, self._first = self._first, self._next_id
         flight = _Flight(self, sweep, self._routes)
@@ -161,7 +164,7 @@ class Lowerer:
         self._ahead = int(more)
         self._fill()
         flight.embed()
-        self._release(0, flight.newest)
+        self._release(0, (*flight.newest, *self._ridden(0)))
         self._fill()
         lag = 1 if flight.waits and len(sweep.micro_batches) > 1 else 0
         open_: deque[tuple[int, int]] = deque()
@@ -180,7 +183,7 @@ class Lowerer:
         while open_:
             self._close(flight, *open_.popleft())
         flight.head()
-        self._release(self._routes.num_layers + 1, flight.newest)
+        self._release(self._routes.num_layers + 1, (*flight.newest, *self._ridden(self._routes.num_layers + 1)))
         self._fill()
         if sweep.adapters.fetches:  # last, for this sweep does not wait for them
             self._fetched = (self.add("adapter_read", "disk_read", 0, -1, 0, (), slot=1, prefetch=True),)
@@ -206,8 +209,11 @@ class Lowerer:
         flight.closed[group] = flight.closed.get(group, 0) + 1
         if flight.closed[group] == len(flight.batches):
             self._stored[group] = tuple(flight.written.pop(group, ()))
-            self._release(group, flight.users)
+            self._release(group, (*flight.users, *self._ridden(group)))
             self._fill()
+
+    def _ridden(self, group: int) -> list[int]:
+        return [] if self._ride is None else self._ride(self, group, self.weights(group))
 
     # --- what a flight asks for ---------------------------------------------------------------------------------
 
@@ -294,6 +300,10 @@ class Lowerer:
         ring = self._gpu if self._routes.compute == "gpu" else self._host
         if group in ring.ready:
             ring.free(group, tuple(user for user in users if user is not None))
+
+
+Ride = Callable[[Lowerer, int, list[int]], list[int]]
+"""Adds Steps to a lowerer for a group whose weights are there after these ids; returns the ids that read them."""
 
 
 class _Flight:

@@ -28,7 +28,8 @@ Kind = Literal[
     "kv_write",  # host -> disk
     "finish",
     "head",
-    "learn_embed",  # finetuning: a micro-batch of examples through the embedding,
+    "learn_gather",  # finetuning: rows of the token embedding
+    "learn_embed",  # a micro-batch of examples through the embedding,
     "learn_forward",  # a layer,
     "learn_loss",  # the head, with the loss and its gradient,
     "learn_backward",  # and back through a layer

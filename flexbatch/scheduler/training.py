@@ -114,25 +114,30 @@ def reverse_order(layers: int, batches: int, lowest: int) -> list[Visit]:
     return forward_order(layers, batches) + [Visit(group, back) for group in _down(layers, lowest)]
 
 
-def riding_order(layers: int, batches: int, lowest: int) -> list[Visit]:
-    """Sweeps that only go forward: each takes in a micro-batch, and those before it go one layer back each.
+def riding_sweeps(layers: int, batches: int, lowest: int) -> list[dict[int, tuple[Task, ...]]]:
+    """Sweeps that only go forward, as tasks by group: each takes in a micro-batch; those before it go one layer back.
 
     Micro-batch m goes forward in sweep m and back through its j-th layer from the top in sweep m + j. A group sees the
     micro-batches in the same order as in a reverse sweep, so sums of gradients are the same to the bit.
     """
     down = _down(layers, lowest)
-    visits: list[Visit] = []
+    sweeps: list[dict[int, tuple[Task, ...]]] = []
     for sweep in range(batches + len(down)):
         tasks: dict[int, list[Task]] = {group: [] for group in range(layers + 2)}
         for depth, group in enumerate(down, start=1):
-            batch = sweep - depth
-            if 0 <= batch < batches:
-                tasks[group].append(Task("learn_backward", batch))
+            if 0 <= sweep - depth < batches:
+                tasks[group].append(Task("learn_backward", sweep - depth))
         if sweep < batches:
             for group in range(layers + 2):
                 tasks[group].append(Task(_forward(group, layers), sweep))
-        visits += [Visit(group, tuple(own)) for group, own in tasks.items()]
-    return visits
+        sweeps.append({group: tuple(own) for group, own in tasks.items()})
+    return sweeps
+
+
+def riding_order(layers: int, batches: int, lowest: int) -> list[Visit]:
+    """The visits of ``riding_sweeps``, one sweep after the other."""
+    sweeps = riding_sweeps(layers, batches, lowest)
+    return [Visit(group, tasks) for sweep in sweeps for group, tasks in sweep.items()]
 
 
 def _down(layers: int, lowest: int) -> list[int]:

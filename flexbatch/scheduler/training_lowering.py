@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from flexbatch.scheduler.lowering import Lowered, Routes
 from flexbatch.scheduler.steps import Kind, Resource, Step
-from flexbatch.scheduler.training import LearningBatch, Visit
+from flexbatch.scheduler.training import LearningBatch, Task, TaskKind, Visit
 
 
 @dataclass(slots=True)
@@ -69,6 +70,7 @@ class _Room:
 
 
 _NEVER = 1 << 60
+_DONE = -1  # the id of a Step that nobody has to wait for
 
 
 def _meet(piece: _Held, start: int, nbytes: int) -> bool:
@@ -95,10 +97,18 @@ class TrainingLowerer:
         self._steps: list[Step] = []
         self._until: set[int] = set()
 
-    def lower(self, visits: Sequence[Visit], batches: Sequence[LearningBatch], *, more: bool = True) -> Lowered:
+    def lower(
+        self,
+        visits: Sequence[Visit],
+        batches: Sequence[LearningBatch],
+        *,
+        more: bool = True,
+        passage: Passage | None = None,
+    ) -> Lowered:
         """Return the Steps of a pass in an order that a serial executor can follow.
 
-        ``more``: another pass follows, whose first weights are fetched under the end of this one.
+        ``more``: another pass follows, whose first weights are fetched under the end of this one. ``passage``: one that
+        began elsewhere and is to be brought to its end.
         """
         self._steps, self._until = [], set()
         self._oldest, self._first = self._first, self._next_id
@@ -107,7 +117,9 @@ class TrainingLowerer:
         groups = [visit.group for visit in visits if visit.tasks]
         following = [*groups, *(range(self._routes.num_layers + 2) if more else ())]
         saving = any(task.kind == "learn_backward" for visit in visits for task in visit.tasks)
-        pass_ = _Pass(self, self._routes, batches, self._kept if saving else {})
+        if passage is None:
+            passage = Passage(self, self._routes, batches, self._kept if saving else {})
+        passage.go_on(self)
         place = 0
         self._prefetch(following, 0)
         for visit in visits:
@@ -115,11 +127,9 @@ class TrainingLowerer:
                 continue
             self._prefetch(following, place, needed=True)
             held = self._room.held.get(visit.group)
-            ready = () if held is None else (held.step,)
-            for task in visit.tasks:
-                step = pass_.add_task(task.kind, visit.group, task.batch, ready)
-                if held is not None:
-                    held.users.append(step)
+            steps = passage.visit(visit.group, visit.tasks, () if held is None else (held.step,))
+            if held is not None:
+                held.users += steps
             place += 1
             self._prefetch(following, place)
         return Lowered(self._steps, frozenset(self._until))
@@ -191,13 +201,31 @@ class TrainingLowerer:
         return step
 
 
-class _Pass:
-    """One pass while it is lowered: the newest Step of every micro-batch, and transfers of saved inputs."""
+class Adds(Protocol):
+    """What Steps are added to."""
 
-    def __init__(
-        self, lowerer: TrainingLowerer, routes: Routes, batches: Sequence[LearningBatch], kept: Mapping[int, str]
-    ) -> None:
-        self._lowerer = lowerer
+    def add(
+        self,
+        kind: Kind,
+        resource: Resource,
+        group: int,
+        batch: int,
+        tokens: int,
+        after: Iterable[int | None],
+        *,
+        slot: int = 0,
+    ) -> int:
+        """Append a Step and return its id."""
+
+
+class Passage:
+    """A pass while it is lowered: the newest Step of every micro-batch, and transfers of saved inputs.
+
+    ``steps`` is where Steps go; a pass that rides along changes it when what it rides on does.
+    """
+
+    def __init__(self, steps: Adds, routes: Routes, batches: Sequence[LearningBatch], kept: Mapping[int, str]) -> None:
+        self._steps = steps
         self._routes = routes
         self._batches = batches
         self._kept = kept
@@ -206,13 +234,25 @@ class _Pass:
         self._outs: list[int] = []  # saves that end where the inputs rest
         self._backs: list[int] = []  # backward Steps whose inputs had to be brought
 
-    def add_task(self, kind: Kind, group: int, batch: int, weights: tuple[int, ...]) -> int:
-        """Add the Steps of a task; return the id of the one that reads the weights."""
+    def go_on(self, steps: Adds) -> None:
+        """Add to ``steps`` from now on; all that was added elsewhere is done."""
+        if steps is not self._steps:
+            self._steps = steps
+            self._newest = [None] * len(self._batches)
+            self._saved = dict.fromkeys(self._saved, _DONE)
+            self._outs = [_DONE] * len(self._outs)
+            self._backs = [_DONE] * len(self._backs)
+
+    def visit(self, group: int, tasks: Sequence[Task], weights: Sequence[int]) -> list[int]:
+        """Add the Steps of ``tasks``; return the ids of those that read the group's weights, which are ``weights``."""
+        return [self._task(task.kind, group, task.batch, weights) for task in tasks]
+
+    def _task(self, kind: TaskKind, group: int, batch: int, weights: Sequence[int]) -> int:
         if kind == "learn_backward":
             return self._back(group, batch, weights)
         after: list[int | None] = [self._newest[batch], *weights]
         if kind == "learn_embed" and self._routes.gather is not None:
-            after.append(self._add("gather", self._routes.gather, group, batch, ()))
+            after.append(self._add("learn_gather", self._routes.gather, group, batch, ()))
         if kind == "learn_forward" and len(self._outs) >= self._routes.lanes:
             after.append(self._outs[-self._routes.lanes])
         step = self._newest[batch] = self._add(kind, self._routes.compute, group, batch, after)
@@ -233,7 +273,7 @@ class _Pass:
             self._saved[group, batch] = newest
             self._outs.append(newest)
 
-    def _back(self, group: int, batch: int, weights: tuple[int, ...]) -> int:
+    def _back(self, group: int, batch: int, weights: Sequence[int]) -> int:
         tier = self._kept.get(group, self._routes.compute)
         saved = self._saved.get((group, batch))
         if saved is None:
@@ -248,7 +288,7 @@ class _Pass:
         self._backs.append(step)
         return step
 
-    def _backward(self, group: int, batch: int, after: tuple[int, ...]) -> int:
+    def _backward(self, group: int, batch: int, after: Sequence[int]) -> int:
         step = self._newest[batch] = self._add(
             "learn_backward", self._routes.compute, group, batch, (self._newest[batch], *after)
         )
@@ -264,4 +304,4 @@ class _Pass:
         *,
         slot: int = 0,
     ) -> int:
-        return self._lowerer.add(kind, resource, group, batch, self._batches[batch].tokens, after, slot=slot)
+        return self._steps.add(kind, resource, group, batch, self._batches[batch].tokens, after, slot=slot)
