@@ -22,6 +22,7 @@ from flexbatch.units import KIB, MIB
 
 GAP = 128 * KIB
 """Two ranges at most this far apart are read as one: the bytes between cost less than another request."""
+_ROW_THREADS = 32  # requests for rows in flight: they are short
 _STAGING = 16 * MIB  # the most that a look-up of rows holds beside its result
 
 
@@ -106,7 +107,7 @@ class DirectReader:
         self.bytes_read = 0
         self._request_bytes = request_bytes
         self._pool = RequestPool(threads)
-        self._rows_pool = RequestPool(threads)  # rows of a table do not wait behind layers of weights
+        self._rows_pool = RequestPool(_ROW_THREADS)  # rows of a table do not wait behind layers of weights
         self._throttle = Throttle(rate)
         self._lock = threading.Lock()
         self._files: dict[Path, BlockFile] = {}
