@@ -18,7 +18,7 @@ from flexbatch.cli.finetune_options import FinetuneCommand
 from flexbatch.cli.progress import LoadMeter, TrainMeter
 from flexbatch.cli.report import write_stats
 from flexbatch.cli.signals import Interrupted, Stop, interruptible
-from flexbatch.errors import ExitCode, FlexbatchError
+from flexbatch.errors import DivergedError, ExitCode, FlexbatchError
 from flexbatch.jobs.output import check_distinct, check_place
 from flexbatch.jobs.training_rows import read_training_rows
 from flexbatch.units import format_duration
@@ -54,6 +54,12 @@ def run_finetune(command: FinetuneCommand, backend: Backend, words: Sequence[str
                 again = shlex.join(word for word in words if word != "--overwrite" or not begun)
                 print_error(f"flexbatch: interrupted{said}; continue with:\n  {again}")
                 return interrupted.exit_code
+            except DivergedError:
+                raise  # it says itself what is kept, and the same command would not help
+            except Exception as error:
+                if job.completed is None and job.kept is not None:
+                    error.add_note(f"checkpoint {job.kept} is kept: the same command goes on from there")
+                raise
 
 
 def _prepared(command: FinetuneCommand, backend: Backend, console: Console) -> FinetuneJob:

@@ -170,6 +170,11 @@ class FinetuneJob:
         """Keep the finished steps of a training that was broken off; return where, or None if there are none."""
         return None if self._training is None else self._training.save()
 
+    @property
+    def kept(self) -> Path | None:
+        """The checkpoint that is there, of this run or an earlier one."""
+        return None if self._training is None else self._training.kept
+
     def close(self) -> None:
         """Let go of the output's place."""
         if self.completed is None:

@@ -147,6 +147,11 @@ class Training:
             self._saved = self.record.steps
         return self._checkpoints.place(self.record.steps)
 
+    @property
+    def kept(self) -> Path | None:
+        """Where the last steps are that were kept, if any were."""
+        return self._checkpoints.place(self._saved) if self._saved else None
+
     def _tokens(self, step: int) -> int:
         return sum(self._examples.length(row) for rows in self._course.batches(step) for row in rows)
 
@@ -162,10 +167,9 @@ class Training:
     def _require_finite_parameters(self, step: int) -> None:
         if all(torch.isfinite(self._parameters.parameter(name)).all() for name in self._parameters.names()):
             return
-        kept = self._checkpoints.place(self._saved) if self._saved else None
         raise DivergedError(
             f"the training diverged: step {step + 1} of {self._course.steps} made the adapter infinite: "
-            + _remedy(self._rate.at(step), kept)
+            + _remedy(self._rate.at(step), self.kept)
         )
 
 
