@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,34 +136,37 @@ def packed_attention(setting: KVSetting) -> Callable[..., tuple[Tensor, None]]:
     return attend
 
 
-def measure(subject: Subject, calibration: list[Tensor]) -> dict[str, dict[str, float]]:
-    """All rows of one model's table: by setting, the perplexity of each test."""
+WAYS = ("16 bit", "min/max", "search", "calibrated")
+KV_SETTINGS = (KVSetting(8), KVSetting(8, shifted=True), KVSetting(64))
+
+
+def measure(subject: Subject, calibration: list[Tensor], ways: Sequence[str]) -> dict[str, dict[str, float]]:
+    """The rows of one model's table for ``ways`` to keep weights: by setting, the perplexity of each test."""
     rows: dict[str, dict[str, float]] = {}
 
     def row(name: str) -> None:
         rows[name] = subject.perplexities()
         print(f"{name:40s}", *(f"{value:8.3f}" for value in rows[name].values()), flush=True)
 
-    def kv_rows(name: str) -> None:
-        row(name)
-        for setting in (KVSetting(8), KVSetting(8, shifted=True), KVSetting(64)):
+    for way in ways:
+        if way == "min/max":
+            subject.put(lambda weight: dequantize(quantize(weight, method="minmax")))
+        elif way == "search":
+            subject.put(lambda weight: dequantize(quantize(weight)))
+        elif way == "calibrated":
+            calibrate(subject, calibration, lambda weight, moments: dequantize(quantize_calibrated(weight, moments)))
+        row(way)
+        if way == "min/max":
+            continue
+        for setting in KV_SETTINGS:
             AttentionInterface.register("packed", packed_attention(setting))
             subject.model.set_attn_implementation("packed")
-            row(f"{name}, KV 4 bit, {setting}")
+            row(f"{way}, KV 4 bit, {setting}")
         subject.model.set_attn_implementation("sdpa")
-
-    kv_rows("16 bit")
-    subject.put(lambda weight: dequantize(quantize(weight, method="minmax")))
-    row("min/max")
-    subject.put(lambda weight: dequantize(quantize(weight)))
-    kv_rows("search")
-    if calibration:
-        calibrate(subject, calibration, lambda weight, moments: dequantize(quantize_calibrated(weight, moments)))
-        kv_rows("calibrated")
     return rows
 
 
-def smollm2(folder: Path, texts: Path) -> dict[str, dict[str, float]]:
+def smollm2(folder: Path, texts: Path, ways: Sequence[str]) -> dict[str, dict[str, float]]:
     """The rows of SmolLM2-135M-Instruct."""
 
     def read(name: str, start: int, length: int) -> str:
@@ -178,17 +181,18 @@ def smollm2(folder: Path, texts: Path) -> dict[str, dict[str, float]]:
     subject.tests = {
         name: [subject.encode(read(book, start, 8 * TOKENS))[:, :TOKENS]] for name, (book, start) in places.items()
     }
-    return measure(subject, [subject.encode(read(book, 50_000, CALIBRATION_BYTES)) for book in CALIBRATION])
+    return measure(subject, [subject.encode(read(book, 50_000, CALIBRATION_BYTES)) for book in CALIBRATION], ways)
 
 
-def stories15m() -> dict[str, dict[str, float]]:
-    """The rows of the demonstration model, on eight stories that it tells itself."""
+def stories15m(ways: Sequence[str]) -> dict[str, dict[str, float]]:
+    """The rows of the demonstration model, on stories that it tells itself; calibrated on others."""
     subject = Subject(DEMO)
     torch.manual_seed(0)
     start = torch.tensor([[subject.model.config.bos_token_id]])
-    settings = {"do_sample": True, "top_k": 0, "max_new_tokens": 255, "attention_mask": torch.ones_like(start)}
-    subject.tests = {"own samples": [subject.model.generate(start, **settings) for _ in range(8)]}
-    return measure(subject, [])
+    settings = {"do_sample": True, "max_new_tokens": 255, "attention_mask": torch.ones_like(start)}
+    stories = [subject.model.generate(start, **settings) for _ in range(40)]
+    subject.tests = {"own samples": stories[:32]}
+    return measure(subject, stories[32:], ways)
 
 
 def main() -> None:
@@ -196,15 +200,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smollm2", type=Path)
     parser.add_argument("--texts", type=Path)
+    parser.add_argument(
+        "--ways", nargs="+", choices=WAYS, default=WAYS, help="rows to measure; others stay as they are"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     tables: dict[str, dict[str, dict[str, float]]] = {}
     if options.output.exists():
         tables = json.loads(options.output.read_text(encoding="utf-8"))
     if options.smollm2 is not None and options.texts is not None:
-        tables["SmolLM2-135M-Instruct"] = smollm2(options.smollm2, options.texts)
+        name, found = "SmolLM2-135M-Instruct", smollm2(options.smollm2, options.texts, options.ways)
     else:
-        tables["stories15m"] = stories15m()
+        name, found = "stories15m", stories15m(options.ways)
+    rows = {**tables.get(name, {}), **found}
+    order = {row: place for place, row in enumerate(WAYS)}
+    tables[name] = {row: rows[row] for row in sorted(rows, key=lambda row: order[row.partition(", ")[0]])}
     options.output.write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")
     print(markdown(tables))
 

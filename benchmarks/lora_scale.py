@@ -3,11 +3,13 @@
     python benchmarks/lora_scale.py make --model DIR --adapters DIR [--count 1000]     write random adapters
     python benchmarks/lora_scale.py run --model DIR --adapters DIR --system flexbatch|peft|merge --counts 5,100
     python benchmarks/lora_scale.py open --model DIR --adapters DIR                     time to open all of them
+    python benchmarks/lora_scale.py sum --output FILE                                   ratios of what FILE holds
 
 As in S-LoRA's table: ranks 8, 16, 32 and 64 on q, k, v and o, a random adapter for each of 256 rows of 64 prompt and
 32 new tokens, fp32 on the CPU. ``run`` adds its figures to ``--output``, so that long measurements can be made in
 pieces; count 0 is the base model alone. ``extra_s`` of ours is what the products of the adapters and
-one pass over the factors for every decoding row cost at rates measured in the same process.
+one pass over the factors for every decoding row cost at rates measured in the same process; ``cpu_s`` are seconds of
+all processors, which say more than ``seconds`` where others compute on the same machine. ``sum`` adds the ratios.
 """
 
 from __future__ import annotations
@@ -79,15 +81,16 @@ def run_flexbatch(options: argparse.Namespace, count: int) -> dict[str, Any]:
     params = SamplingParams(max_tokens=options.new, ignore_eos=True)
     with LLM(options.model, lora_dir=options.adapters if count else None, **settings) as llm:
         llm.generate(prompts[:2], SamplingParams(max_tokens=2, ignore_eos=True))
-        started, before = time.perf_counter(), llm.stats()
+        before, started = llm.stats(), _now()
         results = llm.generate(prompts, params, lora=names)
-        seconds = time.perf_counter() - started
+        times = _since(started)
         stats = llm.stats()
     assert all(result.completion_tokens == options.new for result in results)
     steps = {name: stats["step_s"][name] - before["step_s"].get(name, 0.0) for name in stats["step_s"]}
     return {
-        "seconds": seconds,
-        "tok_s": options.rows * options.new / seconds,
+        **times,
+        "rows": options.rows,
+        "tok_s": options.rows * options.new / times["seconds"],
         "distinct": len(set(names) - {None}),
         "step_s": steps,
         "adapters": {name: value for name, value in stats["adapters"].items() if name != "rows"},
@@ -118,29 +121,35 @@ def _timed(function: Any) -> float:
     return time.perf_counter() - started
 
 
+def _now() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
+
+
+def _since(started: tuple[float, float]) -> dict[str, float]:
+    return {"seconds": time.perf_counter() - started[0], "cpu_s": time.process_time() - started[1]}
+
+
 def run_peft(options: argparse.Namespace, count: int) -> dict[str, Any]:
     """PEFT's mixed-batch generation (``adapter_names``), at the batch size that is best on a part of the rows."""
     model, names, prompts = _peft(options, count)
 
-    def generate(rows: range, batch: int) -> float:
-        started = time.perf_counter()
+    def generate(rows: range, batch: int) -> dict[str, float]:
+        started = _now()
         for begin in range(rows.start, rows.stop, batch):
             part = slice(begin, min(begin + batch, rows.stop))
             ids = torch.tensor(prompts[part])
-            model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), adapter_names=names[part], **_fixed(options)
-            )
-        return time.perf_counter() - started
+            mixed = {"adapter_names": names[part]} if count else {}
+            model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **mixed, **_fixed(options))
+        return _since(started)
 
     trial = range(min(options.trial, options.rows))
     sizes = [size for size in options.sizes if size <= len(trial)] or [len(trial)]
-    by_size = {size: generate(trial, size) for size in sizes} if len(sizes) > 1 else {}
+    by_size = {size: generate(trial, size)["seconds"] for size in sizes} if len(sizes) > 1 else {}
     best = min(by_size, key=lambda size: by_size[size]) if by_size else sizes[0]
     rows = range(min(options.peft_rows, options.rows))
-    seconds = generate(rows, best)
-    return {"seconds": seconds, "rows": len(rows), "tok_s": len(rows) * options.new / seconds, "batch": best} | {
-        "trial_s": by_size
-    }
+    times = generate(rows, best)
+    tok_s = len(rows) * options.new / times["seconds"]
+    return {**times, "rows": len(rows), "tok_s": tok_s, "batch": best, "trial_s": by_size}
 
 
 def run_merge(options: argparse.Namespace, count: int) -> dict[str, Any]:
@@ -148,7 +157,7 @@ def run_merge(options: argparse.Namespace, count: int) -> dict[str, Any]:
     model, names, prompts = _peft(options, count)
     used = sorted(set(names))[: options.merges]
     done = 0
-    started = time.perf_counter()
+    started = _now()
     for name in used:
         model.set_adapter(name)
         model.merge_adapter()
@@ -157,8 +166,8 @@ def run_merge(options: argparse.Namespace, count: int) -> dict[str, Any]:
         model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **_fixed(options))
         model.unmerge_adapter()
         done += len(own)
-    seconds = time.perf_counter() - started
-    return {"seconds": seconds, "rows": done, "tok_s": done * options.new / seconds}
+    times = _since(started)
+    return {**times, "rows": done, "tok_s": done * options.new / times["seconds"]}
 
 
 def _peft(options: argparse.Namespace, count: int) -> tuple[Any, list[str], list[list[int]]]:
@@ -203,12 +212,52 @@ def open_all(options: argparse.Namespace) -> dict[str, Any]:
     return {"adapters": len(opened), "seconds": seconds, "bytes": psutil.Process().memory_info().rss - before}
 
 
+def keep_best(runs: dict[str, Any], count: str, figures: dict[str, Any]) -> None:
+    """Note a run; of PEFT's, the one with the best batch size so far, and what the others gave."""
+    if "batch" in figures:
+        known = runs.get(count)
+        tried = {**(known or {}).get("tok_s_by_batch", {}), str(figures["batch"]): figures["tok_s"]}
+        best = known if known is not None and known["tok_s"] > figures["tok_s"] else figures
+        figures = {**best, "tok_s_by_batch": tried}
+    runs[count] = figures
+
+
+def summary(report: dict[str, Any]) -> dict[str, Any]:
+    """Ratios of throughputs, by the clock and by processor seconds a row."""
+    ours = {int(count): run for count, run in report.get("flexbatch", {}).items()}
+    ratios: dict[str, Any] = {}
+
+    def compare(name: str, one: dict[str, Any] | None, other: dict[str, Any] | None) -> None:
+        if one is not None and other is not None:
+            by_cpu = other["cpu_s"] / other["rows"] * one["rows"] / one["cpu_s"]
+            ratios[name] = {"by_clock": one["tok_s"] / other["tok_s"], "by_cpu": by_cpu}
+
+    compare("5 adapters to base alone", ours.get(5), ours.get(0))
+    compare("1000 adapters to 5", ours.get(1000), ours.get(5))
+    compare(
+        "1000 adapters in a small arena to 1000", report.get("flexbatch_small_arena", {}).get("1000"), ours.get(1000)
+    )
+    for count in ("0", "100"):
+        compare(f"ours to PEFT's at {count}", ours.get(int(count)), report.get("peft", {}).get(count))
+    compare("ours to merging at 100", ours.get(100), report.get("merge", {}).get("100"))
+    if 0 in ours and 1000 in ours:
+        base, many = ours[0], ours[1000]
+        extra = many["extra_s"]
+        ratios["1000 adapters to their cost at measured rates"] = {
+            "by_clock": (base["seconds"] / base["rows"] + extra / many["rows"]) * many["rows"] / many["seconds"],
+            "by_cpu": (base["cpu_s"] / base["rows"] + extra * report["threads"] / many["rows"])
+            * many["rows"]
+            / many["cpu_s"],
+        }
+    return ratios
+
+
 def main() -> None:
-    """Do one of the three, and print or add to a JSON file what was measured."""
+    """Do one of the four, and print or add to a JSON file what was measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("make", "run", "open"))
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--adapters", required=True, type=Path)
+    parser.add_argument("what", choices=("make", "run", "open", "sum"))
+    parser.add_argument("--model")
+    parser.add_argument("--adapters", type=Path)
     parser.add_argument("--system", choices=("flexbatch", "peft", "merge"), default="flexbatch")
     parser.add_argument("--count", type=int, default=1000, help="adapters to make")
     parser.add_argument("--counts", default="0,5,1000", help="numbers of adapters that rows choose from")
@@ -223,6 +272,8 @@ def main() -> None:
     parser.add_argument("--label", help="the name of the figures in the output (default: the system)")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
+    if options.what != "sum" and not (options.model and options.adapters):
+        parser.error("--model and --adapters are needed")
     if options.what == "make":
         make(options)
         return
@@ -230,14 +281,17 @@ def main() -> None:
     if options.output is not None and options.output.exists():
         report = json.loads(options.output.read_text(encoding="utf-8"))
     report["torch"], report["threads"] = torch.__version__, torch.get_num_threads()
-    if options.what == "open":
+    if options.what == "sum":
+        report["ratios"] = summary(report)
+        print(json.dumps(report["ratios"], indent=1))
+    elif options.what == "open":
         report["open"] = open_all(options)
         print(json.dumps(report["open"], indent=1))
     else:
         runs = {"flexbatch": run_flexbatch, "peft": run_peft, "merge": run_merge}
         for count in [int(text) for text in options.counts.split(",")]:
             figures = runs[options.system](options, count)
-            report.setdefault(options.label or options.system, {})[str(count)] = figures
+            keep_best(report.setdefault(options.label or options.system, {}), str(count), figures)
             print(json.dumps({options.system: {count: figures}}, indent=1), flush=True)
     if options.output is not None:
         options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -28,6 +28,12 @@ print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM'
 """
 
 
+def imports() -> int:
+    """Bytes that a process takes once torch and transformers are there."""
+    done = subprocess.run([sys.executable, "-c", _IMPORT], capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1]) * 1024
+
+
 def main() -> None:
     """Run once."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -38,8 +44,7 @@ def main() -> None:
     parser.add_argument("--disk-dir", default=tempfile.gettempdir())
     parser.add_argument("--output", type=Path)
     options, extra = parser.parse_known_args()
-    imports = subprocess.run([sys.executable, "-c", _IMPORT], capture_output=True, text=True, check=True)
-    base = int(imports.stdout.split()[-1]) * 1024
+    base = imports()
     limit = parse_size(options.cpu_memory) + base + parse_size(options.slack)
     with tempfile.TemporaryDirectory() as folder:
         rows, stats = Path(folder) / "rows.jsonl", Path(folder) / "stats.json"

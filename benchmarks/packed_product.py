@@ -1,10 +1,10 @@
-"""Rates of CPU products with 4-bit weights by method and rows, as a table and benchmarks/results/packed_product.json.
+"""Rates of CPU products with 4-bit weights by rows, as a table and benchmarks/results/packed_product.json.
 
 python benchmarks/packed_product.py
 
 Rates are billions of weights a second, of products over several weights that together do not fit the cache; beside ours
 stand the 16-bit path (fp16 storage, fp32 products) and, for comparison only, torch's packed bf16 kernel, whose error is
-above the bound of 1e-3 that a method of ours has to keep.
+above the bound of 1e-3 that ours has to keep.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from torch import Tensor
 from flexbatch.compression.groups import Packed, dequantize, unpack_codes
 from flexbatch.compression.quantize import quantize
 from flexbatch.kernels.linear import linear
-from flexbatch.kernels.packed import METHODS, packed_linear
 
 RESULTS = Path(__file__).resolve().parent / "results" / "packed_product.json"
 ROWS = (1, 4, 16, 64, 256, 1024)
@@ -69,7 +68,7 @@ def main() -> None:
     weights = [quantize(torch.randn(OUT, IN) * 0.02, method="minmax") for _ in range(WEIGHTS)]
     halves = [dequantize(weight, torch.float16) for weight in weights]
     ways: dict[str, list[Callable[[Tensor], Tensor]]] = {
-        name: [partial(packed_linear, parts=[weight], method=name) for weight in weights] for name in METHODS
+        "4 bit": [partial(linear, parts=[weight]) for weight in weights],
     }
     ways["16 bit"] = [partial(linear, parts=[half]) for half in halves]
     ways["torch bf16 (too inexact)"] = bf16_kernel(weights)

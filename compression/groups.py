@@ -113,6 +113,14 @@ class PackedLayout:
         per_group = self.scale_type.itemsize + (1 if self.integer_zeros else self.scale_type.itemsize)
         return out_features * (groups_of(in_features, self.group) * per_group + row_bytes(in_features))
 
+    def put(self, packed: Packed, raw: Tensor) -> None:
+        """Write ``packed`` to ``raw``, uint8 [nbytes], as ``view`` reads it back."""
+        assert PackedLayout.of(packed) == self
+        place = 0
+        for part in packed.tensors().values():
+            raw[place : place + part.nbytes] = part.contiguous().view(-1).view(torch.uint8)
+            place += part.nbytes
+
     def view(self, raw: Tensor) -> Packed:
         """See contiguous uint8 [nbytes], starting at an even address, as the weight."""
         out_features, in_features = self.shape

@@ -5,7 +5,7 @@ Everything it does the command line does too, through the same engine.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +30,7 @@ from flexbatch.units import Shares, parse_shares, parse_size
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message]
+Pair = tuple[str, str] | tuple[Sequence[int], Sequence[int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,9 @@ class TrainedAdapter:
     def losses(self) -> list[float]:
         """The loss of every step: the mean over its tokens, before its update."""
         return list(self.stats["losses"])
+
+
+Loras = str | TrainedAdapter | Sequence[str | TrainedAdapter | None] | None
 
 
 class LLM:
@@ -148,7 +152,7 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        lora: str | TrainedAdapter | Sequence[str | TrainedAdapter | None] | None = None,
+        lora: Loras = None,
     ) -> list[Result]:
         """Generate for every prompt and return the results in the prompts' order.
 
@@ -157,35 +161,62 @@ class LLM:
         that fails alone has ``error`` set. Raises InputError for a prompt that cannot be used, naming its place in the
         list.
         """
+        results = dict(self.generate_each(prompts, params, lora=lora))
+        return [results[index] for index in range(len(results))]
+
+    def generate_each(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        lora: Loras = None,
+    ) -> Iterator[tuple[int, Result]]:
+        """Yield (place of the prompt, result) as rows finish, in any order; else as ``generate``."""
         rows = _prompt_list(prompts)
         each = _for_each(params if params is not None else SamplingParams(), len(rows), "params")
-        given = _for_each(lora, len(rows), "lora")
-        adapters = [each.name if isinstance(each, TrainedAdapter) else each for each in given]
-        unknown = next((name for name in adapters if name is not None and name not in self._adapters), None)
-        if unknown is not None:
-            raise UsageError(
-                f"lora {unknown!r}: no adapter of that name: give it to LLM as lora={{{unknown!r}: folder}}"
-            )
+        adapters = self._adapters_for(lora, len(rows))
         requests = [
             _request(index, prompt, settings, adapter)
             for index, (prompt, settings, adapter) in enumerate(zip(rows, each, adapters, strict=True))
         ]
-        return self._run(self._tokenize(requests))
+        yield from self._run(self._tokenize(requests))
 
-    def score(self, pairs: Iterable[tuple[str, str]]) -> list[Score]:
+    def score(self, pairs: Iterable[Pair], *, lora: Loras = None) -> list[Score]:
         """Score each (context, continuation): the log-probability of the continuation after the context.
 
-        Both are encoded together and split where the context's own encoding ends, as evaluation harnesses do. Raises
-        InputError if a context or a continuation is empty.
+        Text is encoded together and split where the context's own encoding ends, as evaluation harnesses do; token ids
+        are taken as they are. Log-probabilities of the context itself are not computed. ``lora`` as in ``generate``.
+        Raises InputError if a context or a continuation is empty, or both are longer than the model's window.
         """
+        scores = dict(self.score_each(pairs, lora=lora))
+        return [scores[index] for index in range(len(scores))]
+
+    def score_each(self, pairs: Iterable[Pair], *, lora: Loras = None) -> Iterator[tuple[int, Score]]:
+        """Yield (place of the pair, score) as pairs finish, in any order; else as ``score``."""
         params = SamplingParams(max_tokens=0, echo=True, logprobs=1)
-        requests: list[TokenizedRequest] = []
-        splits: list[int] = []
-        for index, (context, continuation) in enumerate(pairs):
-            whole, start = self._encoder.encode_pair(context, continuation, f"pair {index}")
-            splits.append(start)
-            requests.append(TokenizedRequest(Request(str(index), params, prompt=whole), index, whole))
-        return [_score(result, start) for result, start in zip(self._run(requests), splits, strict=True)]
+        encoded = [
+            self._encoder.encode_pair(context, continuation, f"pair {index}")
+            for index, (context, continuation) in enumerate(pairs)
+        ]
+        adapters = self._adapters_for(lora, len(encoded))
+        requests = [
+            TokenizedRequest(Request(str(index), params, prompt=whole, lora=adapter), index, whole, start)
+            for index, ((whole, start), adapter) in enumerate(zip(encoded, adapters, strict=True))
+        ]
+        for index, result in self._run(requests):
+            yield index, _score(result, encoded[index][1])
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, as transformers has it. Raises UsageError if its folder has none."""
+        if self._codec is None:
+            raise UsageError("tokenizer: the model's folder has none: add its tokenizer files")
+        return self._codec.tokenizer
+
+    @property
+    def window(self) -> int:
+        """The most tokens that the model can read at once."""
+        return self._folder.shape.max_positions
 
     def finetune(
         self,
@@ -284,15 +315,25 @@ class LLM:
             if not isinstance(tokens, str)
         ]
 
-    def _run(self, requests: list[TokenizedRequest]) -> list[Result]:
+    def _adapters_for(self, lora: Loras, count: int) -> list[str | None]:
+        given = _for_each(lora, count, "lora")
+        names: list[str | None] = [each.name if isinstance(each, TrainedAdapter) else each for each in given]
+        unknown = next((name for name in names if name is not None and name not in self._adapters), None)
+        if unknown is not None:
+            raise UsageError(
+                f"lora {unknown!r}: no adapter of that name: give it to LLM as lora={{{unknown!r}: folder}}"
+            )
+        return names
+
+    def _run(self, requests: list[TokenizedRequest]) -> Iterator[tuple[int, Result]]:
         if not requests:
-            return []
+            return
         if self._engine is None:
             self._engine = Engine(
                 self._folder, self._codec, self._options, Workload.of(requests), self._progress, adapters=self._adapters
             )
-        results = {result.id: result for result in self._engine.run(requests)}
-        return [results[request.request.id] for request in requests]
+        for result in self._engine.run(requests):
+            yield int(result.id), result
 
 
 def _score(result: Result, start: int) -> Score:

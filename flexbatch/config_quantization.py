@@ -20,10 +20,10 @@ class Quantization:
 
     ``zero_offset`` is added to a stored zero point (GPTQ's first format stores it less one). ``symmetric``: all zero
     points are the middle code. ``act_order``: each input names its group. ``skipped``: modules (parts of their names)
-    that were left as they are.
+    that were left as they are. ``flexbatch``: what ``convert`` wrote; each tensor says itself how it is packed.
     """
 
-    method: Literal["gptq", "awq"]
+    method: Literal["gptq", "awq", "flexbatch"]
     group: int
     zero_offset: int = 0
     symmetric: bool = False
@@ -88,6 +88,13 @@ _AWQ: dict[str, Field] = {
     "sym": _one_of(False, default=False),
     "desc_act": _one_of(False, default=False),
 }
+_OWN: dict[str, Field] = {
+    "quant_method": _anything(),
+    "version": _one_of(1),
+    "bits": _one_of(4),
+    "group_size": _one_of(*GROUPS),
+}
+_METHODS = {"gptq": _GPTQ, "awq": _AWQ, "flexbatch": _OWN}
 
 
 def read_quantization(architecture: str, config: Mapping[str, Any]) -> Quantization | None:
@@ -99,16 +106,18 @@ def read_quantization(architecture: str, config: Mapping[str, Any]) -> Quantizat
     if given is None:
         return None
     method = given.get("quant_method") if isinstance(given, dict) else given
-    if not isinstance(given, dict) or not isinstance(method, str) or method.lower() not in ("gptq", "awq"):
+    if not isinstance(given, dict) or not isinstance(method, str) or method.lower() not in _METHODS:
         reason = "only gptq and awq are supported; use the original 16-bit checkpoint"
         raise refuse(architecture, "quantization_config.quant_method", method, reason)
     method = method.lower()
     where = f"{architecture}: quantization_config ({method})"
-    fields = _GPTQ if method == "gptq" else _AWQ
+    fields = _METHODS[method]
     for name in given:
         if name not in fields:
             raise refuse(where, name, given[name], "this field is not known, and may change what the tensors mean")
     values = read_fields(where, fields, given)
+    if method == "flexbatch":
+        return Quantization("flexbatch", values["group_size"])
     skipped = tuple(values["modules_to_not_convert"] or ())
     if method == "awq":
         return Quantization("awq", values["group_size"], skipped=skipped)

@@ -56,8 +56,12 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class TokenizedRequest:
-    """A request with its prompt encoded. ``index`` is its place in the input, from 0."""
+    """A request with its prompt encoded. ``index`` is its place in the input, from 0.
+
+    ``score_from``: where the prompt is scored, the first token whose log-probability is wanted.
+    """
 
     request: Request
     index: int
     token_ids: tuple[int, ...]
+    score_from: int = 1

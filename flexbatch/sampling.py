@@ -14,9 +14,10 @@ class SamplingParams:
 
     ``temperature`` 0 is greedy. ``top_k`` 0 and ``top_p`` 1 switch those filters off. ``seed`` makes a row
     reproducible on its own; without one, its stream is derived from ``run_seed`` and the row's id, so that no row's
-    sample depends on its neighbours. ``stop`` strings end the text before themselves. ``logprobs`` K gives the
-    log-probability of each token and of the K most likely ones (0: of the token alone; None: off). ``echo`` includes
-    the prompt; with ``max_tokens`` 0 and ``logprobs`` it scores it. Raises UsageError on a value out of range.
+    sample depends on its neighbours. ``stop`` strings end the text before themselves; a token of ``stop_token_ids``
+    ends it like one of end of sequence, also with ``ignore_eos``. ``logprobs`` K gives the log-probability of each
+    token and of the K most likely ones (0: of the token alone; None: off). ``echo`` includes the prompt; with
+    ``max_tokens`` 0 and ``logprobs`` it scores it. Raises UsageError on a value out of range.
     """
 
     max_tokens: int = 128
@@ -29,6 +30,7 @@ class SamplingParams:
     logprobs: int | None = None
     ignore_eos: bool = False
     echo: bool = False
+    stop_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
@@ -46,6 +48,9 @@ class SamplingParams:
         for text in self.stop:
             if not isinstance(text, str) or not text:
                 raise UsageError("stop must be one or more non-empty strings")
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        for token in self.stop_token_ids:
+            _whole("stop_token_ids", token, 0, 2**31)
         for name in ("ignore_eos", "echo"):
             if not isinstance(getattr(self, name), bool):
                 raise UsageError(f"{name} must be true or false, not {getattr(self, name)!r}")

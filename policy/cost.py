@@ -33,7 +33,8 @@ class Precision:
     """In which type things rest and are multiplied.
 
     ``dtype``: products, hidden states, and KV unless ``kv_bits`` is 4. ``stored``: layers' weights as they rest
-    (``int4``: packed); ``edges``: embedding and head; ``held``: what rests in RAM of a run that computes on the CPU.
+    (``int4``: packed); ``edges``: embedding and head; ``held``: what is not packed in RAM of a run that computes on
+    the CPU.
     """
 
     dtype: str
@@ -114,9 +115,8 @@ def traffic(
             stored = precision.edges if group in (0, last) else precision.stored
             if compute == "cpu" and tier == "cpu":
                 stored = precision.held
-            if stored != precision.dtype:
-                widened[group] += unit.elements
-    return Traffic(dict(read), dict(uploaded), dict(widened), gather)
+            widened[group] += unit.packed if stored == precision.dtype else unit.elements
+    return Traffic(dict(read), dict(uploaded), {group: count for group, count in widened.items() if count}, gather)
 
 
 def load_of(slices: Iterable[Slice], page_tokens: int, windows: Mapping[int | None, int]) -> Load:

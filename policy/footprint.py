@@ -123,7 +123,7 @@ class UnitSize:
     """Weights that are placed as a whole. ``groups``: the visits of a sweep that need them.
 
     ``nbytes`` as stored; ``edge``: embedding or head, not a layer's; ``table``: the embedding group looks rows of it up
-    (the head may multiply by it besides).
+    (the head may multiply by it besides). ``packed`` of the ``elements`` are in 4 bits, ``packed_bytes`` of ``nbytes``.
     """
 
     key: str
@@ -132,3 +132,5 @@ class UnitSize:
     elements: int
     edge: bool
     table: bool = False
+    packed: int = 0
+    packed_bytes: int = 0

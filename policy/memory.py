@@ -6,17 +6,16 @@ The linear program's memory rows are the linear form of ``account``; a plan is a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flexbatch.policy.cost import Cost, Precision
 from flexbatch.policy.footprint import DTYPE_BYTES, PAGE_TOKENS, ModelSize, UnitSize, packed_bytes
 from flexbatch.policy.machine import LANES, Machine
 from flexbatch.policy.plan import TIERS, TierMemory
-from flexbatch.policy.weights import WeightPlacement
+from flexbatch.policy.weights import BLOCK, WeightPlacement
 from flexbatch.policy.workload import Workload
 from flexbatch.units import MIB, Shares
 
-BLOCK = 4096
 _LOGIT_BYTES = 64 * MIB
 _LANE_SHARE = 32  # a lane takes at most this part of the smallest tier it stands on
 _LEAST_STAGED = 8  # rows that a lane holds even so
@@ -101,18 +100,21 @@ def sized(units: Sequence[UnitSize], weight_bits: int) -> list[UnitSize]:
     """``units`` as they rest with that many bits: in 4, layers are packed; embedding and head stay as stored."""
     if weight_bits != 4:
         return list(units)
-    return [
-        unit
-        if unit.edge
-        else UnitSize(unit.key, unit.groups, packed_bytes(unit.elements), unit.elements, unit.edge, unit.table)
-        for unit in units
-    ]
+    return [unit if unit.edge else _packed(unit) for unit in units]
+
+
+def _packed(unit: UnitSize) -> UnitSize:
+    nbytes = unit.packed_bytes + packed_bytes(unit.elements - unit.packed)
+    return replace(unit, nbytes=nbytes, packed=unit.elements, packed_bytes=nbytes)
 
 
 def resident_bytes(unit: UnitSize, tier: str, precision: Precision, compute: str) -> int:
-    """What ``unit`` takes on ``tier``: RAM of a run that computes there holds it in ``precision.held``."""
-    if compute == "cpu" and tier == "cpu" and precision.held in DTYPE_BYTES:
-        return unit.elements * DTYPE_BYTES[precision.held]
+    """What ``unit`` takes on ``tier``: RAM of a run that computes there widens it to ``precision.held``.
+
+    What is in 4 bits stays so everywhere.
+    """
+    if compute == "cpu" and tier == "cpu":
+        return unit.packed_bytes + (unit.elements - unit.packed) * DTYPE_BYTES[precision.held]
     return unit.nbytes
 
 

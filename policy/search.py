@@ -210,14 +210,14 @@ def everything_on(tier: str) -> Shares:
 def _precisions(shop: Shop) -> Iterator[tuple[Precision, int]]:
     """Types to try: bits as asked for (None: both), and on a CPU weights in RAM as stored, or widened once."""
     options, dtype, stored = shop.options, shop.machine.dtype, shop.stored_dtype
+    packed = any(unit.packed for unit in shop.units)
     for kv_bits in (16, 4) if options.kv_bits is None else (options.kv_bits,):
         for bits in (16, 4) if options.weight_bits is None else (options.weight_bits,):
-            rests = "int4" if bits == 4 else stored
-            held = [rests]
-            if bits == 16 and shop.machine.compute == "cpu" and DTYPE_BYTES[dtype] > DTYPE_BYTES[stored]:
+            held = [stored]
+            if shop.machine.compute == "cpu" and DTYPE_BYTES[dtype] > DTYPE_BYTES[stored]:
                 held.insert(0, dtype)
             for kept in held:
-                yield Precision(dtype, rests, stored, kept, kv_bits), bits
+                yield Precision(dtype, "int4" if bits == 4 or packed else stored, stored, kept, kv_bits), bits
 
 
 def _ways(options: EngineOptions, machine: Machine, *, disk: bool) -> list[tuple[Way, ...]]:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from flexbatch.policy.cost import Cost, Load, Precision, Traffic, Way, traffic
 from flexbatch.policy.footprint import UnitSize
 from flexbatch.policy.machine import LANES, Machine
-from flexbatch.policy.memory import BLOCK, Cut, resident_bytes
+from flexbatch.policy.memory import Cut, resident_bytes
 from flexbatch.policy.program import Problem, Row
-from flexbatch.policy.weights import RANGE_SLACK, WeightPlacement
+from flexbatch.policy.weights import BLOCK, RANGE_SLACK, WeightPlacement
 from flexbatch.policy.workload import Mean
 from flexbatch.units import Shares
 
@@ -174,15 +174,18 @@ def _free(choice: Choice, cost: Cost, units: Sequence[UnitSize], machine: Machin
     tiers = [
         tier for tier in ("gpu", "cpu", "disk") if tier in bounds.weights_on and (tier != "gpu" or compute == "gpu")
     ]
-    if compute == "cpu" and choice.precision.held != choice.precision.stored:
+    packed = sum(unit.packed for unit in layers)
+    dense = sum(unit.elements for unit in layers) - packed
+    if compute == "cpu" and dense and choice.precision.held not in (choice.precision.stored, choice.precision.edges):
         tiers = ["cpu"]  # what is widened to stay in RAM pays only if all of it does
     names = {tier: f"weights_{tier}" for tier in tiers}
     held = {unit.key: choice.edges for unit in edges}
     moving = traffic(edges, held, cost.precision, compute, last)
-    # Layers: all of them are widened where they are not kept in the type of the products.
+    # Layers: what is packed is unpacked, and all else widened where it is not kept in the type of the products.
     below = choice.precision.held if compute == "cpu" else choice.precision.stored
-    if below != choice.precision.dtype:
-        widened = {group: float(cost.size.groups[group].matrices) for group in range(1, last)}
+    part = 1.0 if below != choice.precision.dtype else packed / max(1, packed + dense)
+    if part:
+        widened = {group: part * cost.size.groups[group].matrices for group in range(1, last)}
         moving = Traffic(moving.read, moving.uploaded, {**moving.widened, **widened}, moving.gather)
     seconds = cost.weights_s(moving)
     times = {

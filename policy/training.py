@@ -14,6 +14,7 @@ from flexbatch.options import EngineOptions
 from flexbatch.policy.footprint import DTYPE_BYTES, ModelSize, UnitSize
 from flexbatch.policy.machine import LANES, Machine
 from flexbatch.policy.plan import TierMemory
+from flexbatch.policy.search import check_options
 from flexbatch.policy.weights import WeightPlacement, deal, grown_ring
 from flexbatch.scheduler.spread import Spread
 from flexbatch.units import MIB, Shares, format_size
@@ -71,6 +72,7 @@ def plan_training(
     ``options.weights`` and ``options.hidden`` (for saved inputs) are constraints. Raises DoesNotFitError, naming the
     tier and what is missing, if even streamed weights and inputs on disk do not fit.
     """
+    check_options(options, machine)
     compute = machine.compute
     held = [machine.dtype, stored_dtype] if compute == "cpu" else [stored_dtype]
     last: TrainingPlan | None = None

@@ -184,7 +184,7 @@ def _plan(shop: Shop, candidate: Candidate, predicted: dict[str, Any]) -> Plan:
         micro_batch_tokens=max(1, cut.micro_tokens),
         max_sequences=setting.sequences,
         dtype=choice.precision.dtype,
-        weights_dtype=choice.precision.held if choice.weight_bits == 16 else shop.stored_dtype,
+        weights_dtype=choice.precision.held,
         page_tokens=cut.page_tokens,
         kv_pages=pages,
         prompt_tokens_per_sweep=cut.prompt_tokens,

@@ -11,6 +11,7 @@ from flexbatch.scheduler.spread import Spread
 from flexbatch.units import KIB, Shares
 
 _AHEAD = 3  # mean groups that may be on their way beside the largest one, where memory allows
+BLOCK = 4 * KIB  # what disks are read in
 RANGE_SLACK = 3 * 136 * KIB  # what rounding to blocks and reading over small gaps may add to a unit's parts
 
 
@@ -54,7 +55,7 @@ def grown_ring(groups: Mapping[int, int], room: int) -> int:
         return 0
     wanted = min(sum(sizes), max(sizes) + _AHEAD * sum(sizes) // len(sizes))
     least = least_ring(groups)
-    return max(least, min(wanted, least + room))
+    return least + max(0, min(wanted - least, room)) // BLOCK * BLOCK
 
 
 def deal(units: Sequence[UnitSize], shares: Shares, *, compute: str, edges: str | None = None) -> WeightPlacement:
@@ -79,8 +80,9 @@ def deal(units: Sequence[UnitSize], shares: Shares, *, compute: str, edges: str 
                 from_disk[group] += unit.nbytes + RANGE_SLACK
             if tier != compute:
                 moving[group] += unit.nbytes + RANGE_SLACK
-    reads = {group: from_disk[group] for group in sorted(from_disk)}
-    uploads = {group: moving[group] for group in sorted(moving)} if compute == "gpu" else {}
+    # Whole blocks, so that every place in a ring starts at one.
+    reads = {group: -(-from_disk[group] // BLOCK) * BLOCK for group in sorted(from_disk)}
+    uploads = {group: -(-moving[group] // BLOCK) * BLOCK for group in sorted(moving)} if compute == "gpu" else {}
     return WeightPlacement(
         tiers=tiers,
         gpu=rests["gpu"],

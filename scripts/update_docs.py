@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "cli.md")
 _BLOCK = re.compile(
-    r"^<!-- (?P<mark>help: \w+|test|output) -->\n```(?P<language>\w+)\n(?P<body>.*?)^```$", re.DOTALL | re.MULTILINE
+    r"^<!-- (?P<mark>help: [\w-]+|test|output) -->\n```(?P<language>\w+)\n(?P<body>.*?)^```$", re.DOTALL | re.MULTILINE
 )
 
 

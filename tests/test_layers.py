@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("models", ("checkpoint", "lora", "models", "text")),
     ("runtime", ("runtime",)),
     ("finetune", ("finetune",)),
-    ("surface", ("__init__", "__main__", "api", "cli")),
+    ("surface", ("__init__", "__main__", "api", "cli", "evaluation")),
 )
 WORDS, DECISIONS = 0, 1
 NO_TENSORS = {"numpy", "peft", "safetensors", "tokenizers", "torch", "transformers", "triton"}

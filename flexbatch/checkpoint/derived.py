@@ -10,22 +10,26 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
-from flexbatch.checkpoint.safetensors import read_header, read_tensor, write_file
+from flexbatch.checkpoint.safetensors import read_header, read_raw, read_tensor, write_file
 from flexbatch.checkpoint.tensors import TensorEntry
 from flexbatch.checkpoint.torchbin import cache_folder, no_room
-from flexbatch.compression.groups import Packed
+from flexbatch.compression.groups import Packed, PackedLayout
 from flexbatch.errors import ModelError
 
 
 class Recipe(Protocol):
     """How one tensor of the table is made from what is stored."""
+
+    @property
+    def layout(self) -> PackedLayout | None:
+        """The layout of what ``packed`` returns; nothing is read for it."""
 
     def make(self) -> torch.Tensor:
         """Return the tensor as its entry says, in its own memory; ModelError where the stored bytes are damaged."""
@@ -59,6 +63,29 @@ class DerivedCheckpoint:
         recipe = self.recipes.get(entry.name) if entry.path is None else None
         return None if recipe is None else recipe.packed()
 
+    def raw(self, entry: TensorEntry) -> torch.Tensor:
+        """Return the bytes that ``entry.view`` sees, uint8 [nbytes] in their own memory."""
+        if entry.path is not None:
+            return read_raw(entry)
+        if entry.layout is None:
+            return self.read(entry).view(-1).view(torch.uint8)
+        packed = self.recipes[entry.name].packed()
+        assert packed is not None
+        raw = torch.empty(entry.nbytes, dtype=torch.uint8)
+        entry.layout.put(packed, raw)
+        return raw
+
+    def kept_packed(self, names: Iterable[str]) -> DerivedCheckpoint:
+        """Return the same weights, those of ``names`` in the group format where it can hold them."""
+        entries = dict(self.entries)
+        for name in names:
+            entry = entries[name]
+            recipe = self.recipes.get(entry.name) if entry.path is None else None
+            layout = None if recipe is None else recipe.layout
+            if layout is not None:
+                entries[name] = TensorEntry(entry.name, "U8", layout.shape, None, 0, layout.nbytes, layout)
+        return replace(self, entries=entries)
+
     def at_rest(self, entry: TensorEntry) -> TensorEntry:
         """Return an entry of the same tensor that lies in a file: a made one is written to the user's cache, once.
 
@@ -66,28 +93,31 @@ class DerivedCheckpoint:
         """
         if entry.path is not None:
             return entry
-        folder = cache_folder() / "dequantized" / f"{self.source.stem[:40]}-{self._key()}"
+        form = "dequantized" if entry.layout is None else "repacked"
+        folder = cache_folder() / form / f"{self.source.stem[:40]}-{self._key()}"
         target = folder / f"{entry.name}.safetensors"
         try:
             if not target.is_file():
                 folder.mkdir(parents=True, exist_ok=True)
                 free = shutil.disk_usage(folder).free
                 if free < entry.nbytes:
-                    raise no_room(folder, entry.nbytes - free, "dequantized")
+                    raise no_room(folder, entry.nbytes - free, form)
                 partial = folder / f".{entry.name}.{os.getpid()}.partial"
                 try:
-                    write_file(partial, {entry.name: self.read(entry)})
+                    kept = self.read(entry) if entry.layout is None else self.raw(entry)
+                    write_file(partial, {entry.name: kept})
                     partial.replace(target)
                 finally:
                     partial.unlink(missing_ok=True)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise no_room(folder, entry.nbytes, "dequantized") from error
-            raise ModelError(f"{folder}: dequantized weights cannot be kept: {error.strerror or error}") from error
-        kept = read_header(target).get(entry.name)
-        if kept is None or (kept.dtype, kept.shape) != (entry.dtype, entry.shape):
+                raise no_room(folder, entry.nbytes, form) from error
+            raise ModelError(f"{folder}: {form} weights cannot be kept: {error.strerror or error}") from error
+        found = read_header(target).get(entry.name)
+        shape = entry.shape if entry.layout is None else (entry.nbytes,)
+        if found is None or (found.dtype, found.shape) != (entry.dtype, shape):
             raise ModelError(f"{target}: it does not hold the tensor {entry.name} that was put there: remove the file")
-        return kept
+        return replace(found, shape=entry.shape, layout=entry.layout)
 
     def _key(self) -> str:
         """Identify the source by path, size, time of change and what was read of it."""

@@ -9,12 +9,14 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from flexbatch.checkpoint.locate import ModelFolder
 from flexbatch.checkpoint.tensors import DTYPE_NAMES, DTYPES, TensorEntry
+from flexbatch.compression.groups import PackedLayout
+from flexbatch.compression.quantize import quantize
 from flexbatch.errors import UsageError
 from flexbatch.models.spec import WeightTable
 
@@ -50,6 +52,28 @@ class DummyCheckpoint:
             size = min(_PERIOD, count - start)
             tensor[start : start + size] = stored[:size]
         return tensor.view(entry.shape)
+
+    def raw(self, entry: TensorEntry) -> torch.Tensor:
+        """Return the bytes that ``entry.view`` sees, uint8 [nbytes]."""
+        if entry.layout is None:
+            return self.read(entry).view(-1).view(torch.uint8)
+        wide = self.read(replace(entry, dtype="F16", nbytes=2 * entry.elements, layout=None))
+        packed = quantize(wide, group=entry.layout.group, method="minmax")
+        if entry.layout.integer_zeros:
+            packed = replace(packed, minimums=None, zeros=torch.full(packed.scales.shape, 8, dtype=torch.uint8))
+        raw = torch.empty(entry.nbytes, dtype=torch.uint8)
+        entry.layout.put(packed, raw)
+        return raw
+
+    def kept_packed(
+        self, shapes: Mapping[str, tuple[int, int]], group: int = 64, *, integer_zeros: bool = False
+    ) -> DummyCheckpoint:
+        """Return such weights, those of ``shapes`` [out, in] in 4 bits."""
+        entries = dict(self.entries)
+        for name, shape in shapes.items():
+            layout = PackedLayout(shape, group, integer_zeros)
+            entries[name] = TensorEntry(name, "U8", shape, None, 0, layout.nbytes, layout)
+        return replace(self, entries=entries)
 
     def at_rest(self, entry: TensorEntry) -> TensorEntry:
         """Raise UsageError: made-up weights lie nowhere."""

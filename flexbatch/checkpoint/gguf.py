@@ -22,7 +22,7 @@ from flexbatch.checkpoint.gguf_file import GgufFile, GgufTensor, read_gguf
 from flexbatch.checkpoint.gguf_names import Stored, stored_as, table_rows
 from flexbatch.checkpoint.safetensors import read_bytes
 from flexbatch.checkpoint.tensors import DTYPE_NAMES, TensorEntry
-from flexbatch.compression.groups import Packed, pack_codes
+from flexbatch.compression.groups import Packed, PackedLayout, pack_codes
 from flexbatch.errors import ModelError
 from flexbatch.models.spec import WeightTable
 from flexbatch.shapes import ModelShape
@@ -40,6 +40,15 @@ class GgufRecipe:
     tensor: GgufTensor
     stored: Stored
 
+    @property
+    def layout(self) -> PackedLayout | None:
+        """The layout of what ``packed`` returns."""
+        tensor = self.tensor
+        if tensor.kind not in ("Q4_0", "Q4_1") or len(tensor.shape) != 2:
+            return None
+        out_features, in_features = tensor.shape
+        return PackedLayout((out_features, in_features), _GROUP, integer_zeros=tensor.kind == "Q4_0")
+
     def make(self) -> torch.Tensor:
         """Return the tensor: plain types as they are, others in fp32, the values of ggml's reference."""
         raw = self._raw()
@@ -49,16 +58,13 @@ class GgufRecipe:
         values = dequantize(raw, self.tensor.kind, self.tensor.shape)
         wrong = first_not_finite(values)
         if wrong is not None:
-            raise ModelError(
-                f"{self.path}: tensor {self.tensor.name}: its weight number {wrong} is not finite: "
-                "the block's scale is damaged; fetch the file again"
-            )
+            raise self._damaged(wrong)
         return self.stored.as_table(values)
 
     def packed(self) -> Packed | None:
         """Return Q4_0 (scale and the integer zero 8) and Q4_1 (scale and minimum) exactly, with groups of 32."""
         tensor = self.tensor
-        if tensor.kind not in ("Q4_0", "Q4_1") or len(tensor.shape) != 2:
+        if self.layout is None:
             return None
         out_features, in_features = tensor.shape
         blocks = self._raw().view(out_features, in_features // _GROUP, BLOCKS[tensor.kind].nbytes)
@@ -69,8 +75,18 @@ class GgufRecipe:
         codes = pack_codes(torch.cat([lanes & 15, lanes >> 4], dim=2).view(out_features, in_features))
         scales = blocks[:, :, :2].contiguous().view(torch.float16).squeeze(2)
         minimums = blocks[:, :, 2:4].contiguous().view(torch.float16).squeeze(2) if has_minimum else None
+        for numbers in (scales, minimums):
+            wrong = None if numbers is None else first_not_finite(numbers)
+            if wrong is not None:
+                raise self._damaged(wrong * _GROUP)
         zeros = None if has_minimum else torch.full_like(scales, _Q4_0_ZERO, dtype=torch.uint8)
         return Packed(codes, scales, minimums, zeros, _GROUP, (out_features, in_features))
+
+    def _damaged(self, number: int) -> ModelError:
+        return ModelError(
+            f"{self.path}: tensor {self.tensor.name}: its weight number {number} is not finite: "
+            "the block's scale is damaged; fetch the file again"
+        )
 
     def _raw(self) -> torch.Tensor:
         return read_bytes(self.path, self.tensor.name, self.tensor.offset, self.tensor.nbytes)

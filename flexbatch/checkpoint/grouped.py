@@ -14,7 +14,7 @@ import torch
 from flexbatch.checkpoint.gguf_blocks import first_not_finite
 from flexbatch.checkpoint.safetensors import read_bytes
 from flexbatch.checkpoint.tensors import DTYPES, TensorEntry
-from flexbatch.compression.groups import GROUPS, Packed, dequantize, groups_of, pack_codes, unpack_codes
+from flexbatch.compression.groups import GROUPS, Packed, PackedLayout, dequantize, groups_of, pack_codes, unpack_codes
 from flexbatch.config_quantization import Quantization
 from flexbatch.errors import ModelError
 
@@ -36,6 +36,11 @@ class GroupedRecipe:
     group: int
     chosen: tuple[int, ...] | None
     transposed: bool
+
+    @property
+    def layout(self) -> PackedLayout:
+        """The layout of what ``packed`` returns."""
+        return PackedLayout(self.shape, self.group, integer_zeros=True, scale_type=DTYPES[self.scales.dtype])
 
     def make(self) -> torch.Tensor:
         """Return the weight as the table has it, (code - zero) * scale rounded once to the scales' type."""

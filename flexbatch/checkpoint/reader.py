@@ -20,7 +20,8 @@ from flexbatch.checkpoint.dummy import dummy_checkpoint
 from flexbatch.checkpoint.gguf import open_gguf
 from flexbatch.checkpoint.grouped import fold
 from flexbatch.checkpoint.locate import ModelFolder
-from flexbatch.checkpoint.safetensors import read_header, read_index, read_tensor
+from flexbatch.checkpoint.packed import matched, stored_packed
+from flexbatch.checkpoint.safetensors import read_header, read_index, read_raw, read_tensor
 from flexbatch.checkpoint.tensors import DTYPES, Checkpoint, TensorEntry
 from flexbatch.checkpoint.torchbin import convert, find_bin
 from flexbatch.config_quantization import read_quantization
@@ -46,6 +47,10 @@ class StoredCheckpoint:
         """Return the tensor in its stored dtype and its own memory; ModelError where the file is cut short."""
         return read_tensor(entry)
 
+    def raw(self, entry: TensorEntry) -> torch.Tensor:
+        """Return the tensor's bytes, uint8 [nbytes]; ModelError where the file is cut short."""
+        return read_raw(entry)
+
     def at_rest(self, entry: TensorEntry) -> TensorEntry:
         """Return the entry itself."""
         return entry
@@ -64,7 +69,7 @@ def open_checkpoint(folder: ModelFolder, table: WeightTable) -> Checkpoint:
     stored = _stored_entries(_weights_folder(folder.path))
     fingerprint = _fingerprint(folder, stored)
     quantization = read_quantization(folder.shape.architecture, folder.config)
-    if quantization is None:
+    if quantization is None or quantization.method == "flexbatch":
         return StoredCheckpoint(match(table, stored, folder.path), fingerprint)
     wanted = table.tensors()
     left, recipes = fold(quantization, stored, lambda name: _full_name(table, wanted, name), table.transposed())
@@ -103,8 +108,9 @@ def match(table: WeightTable, stored: Mapping[str, TensorEntry], path: Path) -> 
     """Return the table's tensors among the stored ones; raise ModelError on any that do not fit."""
     wanted = table.tensors()
     found: dict[str, TensorEntry] = {}
-    for name, entry in stored.items():
+    for stored_name, entry in stored.items():
         file = entry.path or path
+        name, form = stored_packed(stored_name)
         full = _full_name(table, wanted, name)
         if full is None:
             if any(re.fullmatch(pattern, name) for pattern in table.ignored):
@@ -112,6 +118,9 @@ def match(table: WeightTable, stored: Mapping[str, TensorEntry], path: Path) -> 
             raise ModelError(f"{file}: tensor {name} is unexpected: this architecture has none of that name")
         if full in found:
             raise ModelError(f"{file}: tensor {name} is there twice, also as {found[full].name}")
+        if form is not None:
+            found[full] = matched(table, entry, full, form)
+            continue
         if entry.shape != wanted[full]:
             raise ModelError(
                 f"{file}: tensor {name} has shape {list(entry.shape)}, config.json asks for {list(wanted[full])}"

@@ -145,9 +145,14 @@ def _check_layout(path: Path, entries: list[TensorEntry], data_start: int, file_
 
 def read_tensor(entry: TensorEntry) -> torch.Tensor:
     """Read one tensor by its byte range into memory of exactly its size; ModelError where the file ends early."""
+    assert entry.layout is None, f"{entry.name} is packed"
+    return read_raw(entry).view(DTYPES[entry.dtype]).view(entry.shape)
+
+
+def read_raw(entry: TensorEntry) -> torch.Tensor:
+    """Read one tensor's bytes, uint8 [nbytes], into memory of their own; ModelError where the file ends early."""
     assert entry.path is not None, "a tensor without a file cannot be read from one"
-    raw = read_bytes(entry.path, entry.name, entry.offset, entry.nbytes)
-    return raw.view(DTYPES[entry.dtype]).view(entry.shape)
+    return read_bytes(entry.path, entry.name, entry.offset, entry.nbytes)
 
 
 def read_bytes(path: Path, name: str, offset: int, nbytes: int) -> torch.Tensor:
@@ -186,7 +191,7 @@ def write_file(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         }
         position += size
     raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
+    raw += b" " * (-(8 + len(raw)) % 64)
     with path.open("wb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
         for tensor in tensors.values():

@@ -5,12 +5,15 @@ Knows dtypes by their safetensors names; no file format.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
+
+from flexbatch.compression.groups import Packed, PackedLayout
 
 DTYPES: dict[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The stored dtypes that weights may have."""
@@ -22,6 +25,8 @@ class TensorEntry:
     """One stored tensor: ``nbytes`` bytes at ``offset`` of the file ``path``.
 
     ``path`` is None for a tensor that is made when it is read: up (``dummy``), or from another form (``derived``).
+    ``layout`` says how a weight in 4 bits lies in its bytes; its ``dtype`` is then U8, its ``shape`` [out, in] whatever
+    the table stores.
     """
 
     name: str
@@ -30,6 +35,21 @@ class TensorEntry:
     path: Path | None
     offset: int
     nbytes: int
+    layout: PackedLayout | None = None
+
+    @property
+    def elements(self) -> int:
+        """Numbers in it."""
+        return math.prod(self.shape)
+
+    @property
+    def alignment(self) -> int:
+        """Bytes of its widest element: ``view`` wants memory that begins at a multiple of it."""
+        return (DTYPES[self.dtype] if self.layout is None else self.layout.scale_type).itemsize
+
+    def view(self, raw: torch.Tensor) -> torch.Tensor | Packed:
+        """See uint8 [nbytes], its bytes in memory, as the tensor or the packed weight."""
+        return raw.view(DTYPES[self.dtype]).view(self.shape) if self.layout is None else self.layout.view(raw)
 
 
 class Checkpoint(Protocol):
@@ -44,7 +64,10 @@ class Checkpoint(Protocol):
         """Stable hash of what decides the results: configuration, headers, sizes, samples of the contents."""
 
     def read(self, entry: TensorEntry) -> torch.Tensor:
-        """Return the tensor in its stored dtype and its own memory (``entry.nbytes`` bytes)."""
+        """Return the tensor in its stored dtype and its own memory (``entry.nbytes`` bytes); not of a packed weight."""
+
+    def raw(self, entry: TensorEntry) -> torch.Tensor:
+        """Return the bytes that ``entry.view`` sees, uint8 [nbytes] in their own memory."""
 
     def at_rest(self, entry: TensorEntry) -> TensorEntry:
         """Return an entry of the same tensor that lies in a file (``path`` is not None), for weights that rest on disk.

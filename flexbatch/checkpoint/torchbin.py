@@ -60,7 +60,7 @@ def convert(path: Path, shards: Sequence[Path]) -> Path:
         return target
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        with _lock(parent / f".{key}.lock"):
+        with locked(parent / f".{key}.lock"):
             if not target.is_dir():
                 _fill(parent / f".{key}.partial", target, shards)
     except OSError as error:
@@ -80,7 +80,7 @@ def _key(shards: Sequence[Path]) -> str:
 
 
 @contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Hold a lock file, so that two processes do not convert the same shards at once."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -111,7 +111,7 @@ def finetune_command(values: argparse.Namespace) -> FinetuneCommand:
             dtype=values.dtype,
             weight_bits=training.base_bits,
         ),
-        template=None if values.chat_template is None else read_template(values.chat_template),
+        template=read_template(values.chat_template),
         dummy_weights=values.dummy_weights,
         stats=values.stats,
         overwrite=values.overwrite,

@@ -85,7 +85,8 @@ def _format(folder: ModelFolder) -> str:
         return "GGUF, " + ", ".join(f"{count} tensors {kind}" for kind, count in kinds) + f"; {size}"
     quantization = read_quantization(folder.shape.architecture, folder.config)
     if quantization is not None:
-        return f"{quantization.method.upper()}, 4 bits, groups of {quantization.group}"
+        name = "converted" if quantization.method == "flexbatch" else quantization.method.upper()
+        return f"{name}, 4 bits, groups of {quantization.group}"
     return folder.shape.stored_dtype
 
 

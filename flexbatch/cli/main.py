@@ -17,9 +17,11 @@ from typing import NoReturn
 from flexbatch import __version__
 from flexbatch.cli.backend import Backend
 from flexbatch.cli.console import print_error
+from flexbatch.cli.convert import add_convert_options, run_convert
 from flexbatch.cli.finetune import run_finetune
 from flexbatch.cli.finetune_options import add_finetune_options, finetune_command
 from flexbatch.cli.info import add_info_options, run_info
+from flexbatch.cli.lm_eval import add_lm_eval_options, run_lm_eval
 from flexbatch.cli.options import add_run_options, run_options
 from flexbatch.cli.plan import add_plan_options, run_plan
 from flexbatch.cli.profile import add_profile_options, run_profile
@@ -41,6 +43,10 @@ def main(argv: Sequence[str] | None = None, backend: Backend | None = None) -> i
             code = run_plan(values)
         elif values.command == "finetune":
             code = run_finetune(finetune_command(values), backend or Backend(), [*program, *arguments])
+        elif values.command == "convert":
+            code = run_convert(values, [*program, *arguments])
+        elif values.command == "lm-eval":
+            code = run_lm_eval(values, [*program, *arguments])
         else:
             code = run_job(run_options(values), backend or Backend(), [*program, *arguments])
         if sys.stdout is not None:
@@ -84,6 +90,10 @@ def _parser() -> argparse.ArgumentParser:
     add_profile_options(profile)
     finetune = commands.add_parser("finetune", help="train a LoRA adapter", allow_abbrev=False)
     add_finetune_options(finetune)
+    convert = commands.add_parser("convert", help="prepare a model ahead of runs", allow_abbrev=False)
+    add_convert_options(convert)
+    lm_eval = commands.add_parser("lm-eval", help="evaluate on tasks of lm-evaluation-harness", allow_abbrev=False)
+    add_lm_eval_options(lm_eval)
     info = commands.add_parser("info", help="say what a model is and what it takes", allow_abbrev=False)
     add_info_options(info)
     return parser

@@ -59,7 +59,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     files.add_argument("--quiet", action="store_true", help="write nothing to stderr but errors")
     _add_generation(parser.add_argument_group("generation (a row's own values win)"))
     parser.add_argument("--plan", metavar="FILE", type=Path, help="place as a plan saved by flexbatch plan --json says")
-    _add_adapters(parser.add_argument_group("LoRA adapters (rows name them: lora, or body.model)"))
+    add_adapter_options(parser.add_argument_group("LoRA adapters (rows name them: lora, or body.model)"))
     add_engine_options(parser)
 
 
@@ -75,18 +75,14 @@ def run_options(values: argparse.Namespace) -> RunOptions:
         logprobs=values.logprobs,
         ignore_eos=values.ignore_eos,
     )
-    engine = engine_options(values)
-    plan = None if values.plan is None else load_plan(values.plan)
-    if plan is not None and canonical(plan.model) != canonical(values.model):
-        raise UsageError(f"--plan {values.plan}: is a plan for {plan.model}, not for {values.model}: save one for it")
     return RunOptions(
         model=values.model,
         input=values.input,
         output=values.output,
         params=params,
-        engine=engine if plan is None else plan.applied(engine),
+        engine=planned_options(values),
         chat=values.chat,
-        template=None if values.chat_template is None else read_template(values.chat_template),
+        template=read_template(values.chat_template),
         dummy_weights=values.dummy_weights,
         stats=values.stats,
         trace=values.trace,
@@ -94,8 +90,19 @@ def run_options(values: argparse.Namespace) -> RunOptions:
         overwrite=values.overwrite,
         quiet=values.quiet,
         lora=tuple(values.lora),
-        lora_dir=_folder("--lora-dir", values.lora_dir),
+        lora_dir=checked_folder("--lora-dir", values.lora_dir),
     )
+
+
+def planned_options(values: argparse.Namespace) -> EngineOptions:
+    """Return the options of ``add_engine_options``, placed as ``--plan`` says if it is given."""
+    engine = engine_options(values)
+    if values.plan is None:
+        return engine
+    plan = load_plan(values.plan)
+    if canonical(plan.model) != canonical(values.model):
+        raise UsageError(f"--plan {values.plan}: is a plan for {plan.model}, not for {values.model}: save one for it")
+    return plan.applied(engine)
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
@@ -111,7 +118,7 @@ def engine_options(values: argparse.Namespace) -> EngineOptions:
         gpu_memory=values.gpu_memory,
         cpu_memory=values.cpu_memory,
         disk_memory=values.disk_memory,
-        disk_dir=_folder("--disk-dir", values.disk_dir),
+        disk_dir=checked_folder("--disk-dir", values.disk_dir),
         weights=values.weights,
         kv=values.kv,
         hidden=values.hidden,
@@ -141,11 +148,18 @@ def _add_generation(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--chat-template", metavar="FILE", type=Path, help="a Jinja template instead of the model's")
 
 
-def _add_adapters(group: argparse._ArgumentGroup) -> None:
+def add_adapter_options(group: argparse._ArgumentGroup, *, several: bool = True) -> None:
+    """Give ``group`` the options that name adapters (or one adapter) and bound their memory."""
     group.add_argument(
-        "--lora", metavar="NAME=DIR", action="append", default=[], type=_adapter, help="a PEFT folder; repeatable"
+        "--lora",
+        metavar="NAME=DIR",
+        action="append",
+        default=[],
+        type=_adapter,
+        help="a PEFT folder; repeatable" if several else "a PEFT folder",
     )
-    group.add_argument("--lora-dir", metavar="DIR", type=Path, help="each sub-folder is an adapter, named after it")
+    if several:
+        group.add_argument("--lora-dir", metavar="DIR", type=Path, help="each sub-folder is an adapter, named after it")
     group.add_argument(
         "--adapter-memory",
         type=_size("--adapter-memory"),
@@ -171,7 +185,7 @@ def add_device_options(group: argparse._ArgumentGroup) -> None:
 
 def device_options(values: argparse.Namespace) -> EngineOptions:
     """Return the options that ``add_device_options`` parsed, everything else at its default."""
-    folder = _folder("--disk-dir", values.disk_dir)
+    folder = checked_folder("--disk-dir", values.disk_dir)
     return EngineOptions(
         device=values.device, gpu_memory=values.gpu_memory, disk_dir=folder, rates=dict(values.throttle)
     )
@@ -286,14 +300,17 @@ def _count(option: str) -> Callable[[str], int | None]:
     return parse
 
 
-def _folder(option: str, path: Path | None) -> Path | None:
+def checked_folder(option: str, path: Path | None) -> Path | None:
+    """Return ``path``; UsageError, naming ``option``, if it is given and no folder."""
     if path is not None and not path.is_dir():
         raise UsageError(f"{option} {path}: is no folder: make it first, or choose another")
     return path
 
 
-def read_template(path: Path) -> str:
-    """Return the text of a chat template's file; UsageError where it cannot be read."""
+def read_template(path: Path | None) -> str | None:
+    """Return the text of a ``--chat-template``, or None without one; UsageError if it cannot be read."""
+    if path is None:
+        return None
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from contextlib import closing, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ from flexbatch.options import EngineOptions
 
 if TYPE_CHECKING:
     from flexbatch.checkpoint.locate import ModelFolder
+    from flexbatch.checkpoint.tensors import Checkpoint
+    from flexbatch.models.spec import WeightTable
     from flexbatch.policy.candidates import Shop
     from flexbatch.policy.machine import Machine
     from flexbatch.policy.profile import HardwareProfile
@@ -186,7 +189,6 @@ def _machine(
 def _shop(
     folder: ModelFolder, workload: Workload, options: EngineOptions, machine: Machine, profile: HardwareProfile
 ) -> Shop:
-    from flexbatch.checkpoint.dummy import dummy_checkpoint
     from flexbatch.models.registry import family_of
     from flexbatch.models.spec import model_size
     from flexbatch.policy.candidates import Shop
@@ -194,6 +196,24 @@ def _shop(
 
     shape = folder.shape
     table = family_of(shape).table(shape)
-    units = unit_sizes(units_of(table, dummy_checkpoint(folder, table), shape.vocab_size))
+    units = unit_sizes(units_of(table, _checkpoint(folder, table), shape.vocab_size))
     size = model_size(shape, table)
     return Shop(folder.name, size, tuple(units), workload, options, machine, profile, shape.stored_dtype)
+
+
+def _checkpoint(folder: ModelFolder, table: WeightTable) -> Checkpoint:
+    """The sizes of the weights, as they are stored: a configuration says enough of them, a GGUF file itself."""
+    from flexbatch.checkpoint.dummy import dummy_checkpoint
+    from flexbatch.checkpoint.four_bits import as_stored
+    from flexbatch.checkpoint.packed import packable
+    from flexbatch.checkpoint.reader import open_checkpoint
+    from flexbatch.config_quantization import read_quantization
+
+    if folder.path.is_file():
+        return as_stored(open_checkpoint(replace(folder, dummy=False), table), table)
+    found = dummy_checkpoint(folder, table)
+    quantization = read_quantization(folder.shape.architecture, folder.config)
+    if quantization is None:
+        return found
+    shapes = {name: kind.shape for name, kind in packable(table).items()}
+    return found.kept_packed(shapes, quantization.group, integer_zeros=quantization.method != "flexbatch")

@@ -45,6 +45,7 @@ class _Trip:
 
     batches: list[LearningBatch]
     sweeps: list[dict[int, tuple[Task, ...]]]
+    kept: dict[int, str]
     done: int = 0
     passage: Passage | None = None
     arrived: threading.Event = field(default_factory=threading.Event)
@@ -100,7 +101,6 @@ class RidingTrainer:
         self._trace = Trace(keep=False)
         self._passes = 0
         self.ridden = 0  # sweeps of inference that training was part of
-        self.peak_activation_bytes = 0
 
     # --- the job's side ------------------------------------------------------------------------------------------
 
@@ -122,6 +122,11 @@ class RidingTrainer:
             self._inputs.close()
 
     @property
+    def peak_activation_bytes(self) -> int:
+        """The most bytes in memory that hidden states, what backward keeps and gradients of either took: measured."""
+        return 0 if self._work is None else self._work.peak
+
+    @property
     def seconds(self) -> dict[str, float]:
         """Seconds of sweeps that were shared, and of training in them."""
         return {"sweeps": self._sweeping_s, "training": self._learning_s}
@@ -141,7 +146,7 @@ class RidingTrainer:
             sweeps = [{visit.group: visit.tasks for visit in forward_order(layers, len(batches))}]
         else:
             sweeps = riding_sweeps(layers, len(batches), self._lowest)
-        trip = _Trip(batches, sweeps)
+        trip = _Trip(batches, sweeps, {} if scale is None else self._kept)
         self._inputs.begin([batch.tokens for batch in batches], saving=scale is not None)
         self._work.begin(batches, examples, self.seen, scale)
         with self._lock:
@@ -234,7 +239,7 @@ class RidingTrainer:
 
         def ride(lowerer: Lowerer, group: int, weights: list[int]) -> list[int]:
             if trip.passage is None:
-                trip.passage = Passage(lowerer, routes, trip.batches, self._kept)
+                trip.passage = Passage(lowerer, routes, trip.batches, trip.kept)
             trip.passage.go_on(lowerer)
             return trip.passage.visit(group, tasks.get(group, ()), weights)
 

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexbatch.compression.groups import Packed
 from flexbatch.compression.precision import TILE_BYTES
 from flexbatch.finetune.dropout import Dropout
 from flexbatch.finetune.parameters import LinearFactors
-from flexbatch.kernels.linear import linear
+from flexbatch.kernels.linear import Weight, linear
+from flexbatch.kernels.packed import unpacked_tiles
 from flexbatch.kernels.rotary import apply_rotary
 from flexbatch.memory.weights import Operand
 
@@ -39,17 +41,23 @@ def backward_product(dy: Tensor, operand: Operand, outputs: Sequence[int]) -> Te
     return total
 
 
-def _modules(parts: Sequence[Tensor], outputs: Sequence[int]) -> Iterator[Tensor]:
+def _modules(parts: Sequence[Weight], outputs: Sequence[int]) -> Iterator[Weight]:
     """The weight [out_i, in] of each module."""
     if len(parts) == len(outputs):
-        yield from (part.to_dense() if part.is_mkldnn else part for part in parts)
+        yield from (part.to_dense() if isinstance(part, Tensor) and part.is_mkldnn else part for part in parts)
         return
     (stacked,) = parts
+    assert isinstance(stacked, Tensor), "weights in 4 bits lie module by module"
     yield from (stacked.to_dense() if stacked.is_mkldnn else stacked).split(list(outputs))
 
 
-def _times(dy: Tensor, weight: Tensor) -> Tensor:
-    """[T, out] @ [out, in]; a weight in a narrower type is widened some columns at a time."""
+def _times(dy: Tensor, weight: Weight) -> Tensor:
+    """[T, out] @ [out, in]; a narrower weight is widened some columns at a time, one in 4 bits some rows."""
+    if isinstance(weight, Packed):
+        total = dy.new_zeros(dy.shape[0], weight.shape[1])
+        for chosen, tile in unpacked_tiles(weight, dy.dtype):
+            total.add_(_product(dy[:, chosen], tile))
+        return total
     if weight.dtype == dy.dtype:
         return _product(dy, weight)
     rows, columns = weight.shape

@@ -6,8 +6,7 @@ It knows neither files of data nor optimizers; those stand on top of it.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -18,7 +17,6 @@ from flexbatch.checkpoint.locate import ModelFolder
 from flexbatch.checkpoint.reader import open_checkpoint
 from flexbatch.errors import InternalError
 from flexbatch.finetune.inputs import SavedInputs
-from flexbatch.finetune.meter import ActivationMeter
 from flexbatch.finetune.parameters import Parameters
 from flexbatch.finetune.work import TrainedTokens, Work
 from flexbatch.memory.direct import DirectReader
@@ -109,7 +107,7 @@ class Trainer:
             host_ring=self.plan.host_ring,
             gpu_ring=self.plan.gpu_ring,
             progress=progress,
-            packed=False,
+            blocked=False,
         )
         keep_freed_blocks(min(_KEPT, self.plan.memory[machine.compute].working))
         parameters.to(self._device.torch_device)
@@ -146,8 +144,6 @@ class Trainer:
         )
         self._lowerer = TrainingLowerer(self._routes, self.plan.kept)
         self._passes = 0
-        self._metered = 0
-        self._peak = 0
         self._seconds = 0.0
 
     def __enter__(self) -> Self:
@@ -161,7 +157,7 @@ class Trainer:
     @property
     def peak_activation_bytes(self) -> int:
         """The most bytes in memory that hidden states, what backward keeps and gradients of either took: measured."""
-        return self._peak
+        return self.work.peak
 
     def accumulate(self, examples: Sequence[TrainedTokens], scale: float) -> Loss:
         """Add d(scale * sum of the targets' -log p) / d(A, B) to the gradients, in one pass over the examples."""
@@ -186,7 +182,7 @@ class Trainer:
             },
             "busy_s": dict(self._trace.busy_s),
             "step_s": dict(self._trace.kind_s),
-            "peak_activation_bytes": self._peak,
+            "peak_activation_bytes": self.work.peak,
             "peak_bytes": {"gpu": self._device.gpu_peak, "disk": self._inputs.disk_bytes},
         }
 
@@ -213,26 +209,13 @@ class Trainer:
         else:
             visits = reverse_order(layers, len(batches), lowest)
         lowered = self._lowerer.lower(visits, batches)
-        with self._metering(sum(counts) if training else 0) as meter:
-            self._inputs.meter = meter
-            self._inputs.begin([batch.tokens for batch in batches], saving=training)
-            self.work.begin(batches, examples, self.seen, scale)
-            try:
-                self._executor.run(lowered.steps, self._passes, lowered.until)
-            finally:
-                self._inputs.end()
+        self._inputs.begin([batch.tokens for batch in batches], saving=training)
+        self.work.begin(batches, examples, self.seen, scale)
+        try:
+            self._executor.run(lowered.steps, self._passes, lowered.until)
+        finally:
+            self._inputs.end()
         self._passes += 1
         total, tokens = self.work.finish()
         self._seconds += time.perf_counter() - started
         return Loss(total, tokens)
-
-    @contextmanager
-    def _metering(self, tokens: int) -> Iterator[ActivationMeter | None]:
-        """Measure passes that are larger than any before; the others cannot need more, and run at full speed."""
-        if tokens <= self._metered:
-            yield None
-            return
-        self._metered = tokens
-        with ActivationMeter() as meter:
-            yield meter
-        self._peak = max(self._peak, meter.peak)

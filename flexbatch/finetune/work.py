@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -19,6 +20,7 @@ from flexbatch.finetune.dropout import Dropout, token_keys
 from flexbatch.finetune.inputs import SavedInputs
 from flexbatch.finetune.layer import LayerMath, attend
 from flexbatch.finetune.loss import loss_rows, measure
+from flexbatch.finetune.meter import ActivationMeter
 from flexbatch.finetune.parameters import Parameters
 from flexbatch.finetune.pruning import shapes_only
 from flexbatch.kernels.rotary import RotaryTable
@@ -67,7 +69,8 @@ class BatchState:
 class Work:
     """The handlers of one trainer, and the micro-batches of the pass that is under way.
 
-    ``seconds`` of the thread that issues products went into them so far.
+    ``seconds`` of the thread that issues products went into them so far. ``peak``: the most bytes of activations, as
+    measured in passes that were larger than any before; others cannot need more, and run at full speed.
     """
 
     shape: ModelShape
@@ -80,6 +83,8 @@ class Work:
     seed: int
     loss_bytes: int
     seconds: float = 0.0
+    peak: int = 0
+    _metered: int = 0
     _states: list[BatchState] = field(default_factory=list)
     _scale: float | None = None
     _rotary: RotaryTable | None = None
@@ -118,7 +123,8 @@ class Work:
     def _timed(self, handler: Callable[[Step], None]) -> Callable[[Step], None]:
         def run(step: Step) -> None:
             started = time.perf_counter()
-            handler(step)
+            with self.inputs.meter or nullcontext():
+                handler(step)
             self.seconds += time.perf_counter() - started
 
         return run
@@ -128,11 +134,18 @@ class Work:
     ) -> None:
         """Make the index tensors of a pass; ``scale`` None: only the loss is wanted."""
         self._scale = scale
+        tokens = sum(batch.tokens for batch in batches)
+        if scale is not None and tokens > self._metered:
+            self._metered = tokens
+            self.inputs.meter = ActivationMeter()
         self._states = [self._state(batch, examples, seen) for batch in batches]
 
     def finish(self) -> tuple[float, int]:
         """The loss of the pass, and how many targets it is of."""
         states, self._states = self._states, []
+        if self.inputs.meter is not None:
+            self.peak = max(self.peak, self.inputs.meter.peak)
+            self.inputs.meter = None
         return sum(state.loss for state in states), sum(state.targets.numel() for state in states)
 
     def _state(self, batch: LearningBatch, examples: Sequence[TrainedTokens], seen: int) -> BatchState:

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from flexbatch.compression.groups import Packed
 from flexbatch.compression.precision import widened_tiles
+from flexbatch.kernels.packed import unpacked_tiles
+
+Weight = Tensor | Packed
+"""A weight [out, in] in any form it may rest in."""
 
 # On a CPU oneDNN's fp32 products, which torch does not use by itself, are the fastest from a few rows on; with fewer,
 # torch's own with the weight as the left operand.
 _VERY_FEW_ROWS = 4
 _FEW_ROWS = 192  # where there is no oneDNN: up to here the weight as the left operand is up to three times as fast
 _PACKED_FOR = 128  # rows; the layout that is best for these is within a few percent of the best for all
+_FUSED_ROWS = 256  # on a GPU: beyond, products are bound by their operations, and plain ones run faster
 _PACK_MULTIPLES = (64, 16)  # of outputs and inputs: other shapes would be padded, and take more memory than planned
 
 
@@ -31,21 +38,25 @@ def pack(weight: Tensor) -> Tensor:
     return packed
 
 
-def linear(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, parts: Sequence[Weight], bias: Tensor | None = None) -> Tensor:
     """Return ``x @ cat(parts).T + bias``: x [T, in], parts [out_i, in], bias [out] -> [T, out] in x's type.
 
-    A part kept in a narrower type is widened on the way (see ``compression.precision``); one that is packed stands
-    alone. With few rows on a CPU the result may be a transposed view: what follows (an addition, an activation, a
-    rotation) reads it as it is.
+    A part kept in a narrower type is widened on the way (see ``compression.precision``), one in 4 bits is unpacked
+    (see ``kernels.packed``); one in oneDNN's blocks stands alone. With few rows on a CPU the result may be a
+    transposed view: what follows (an addition, an activation, a rotation) reads it as it is.
     """
-    if parts[0].is_mkldnn:
-        (packed,) = parts
-        return _onednn(x, packed, bias)
+    first = parts[0]
+    if _in_blocks(first):
+        return _onednn(x, first, bias)
     tokens = x.shape[0]
     on_cpu = x.device.type == "cpu"
-    blocked = tokens > _VERY_FEW_ROWS and _has_onednn(x)
-    if len(parts) == 1 and parts[0].dtype == x.dtype and (blocked or not on_cpu or tokens > _FEW_ROWS):
-        return _onednn(x, parts[0], bias) if blocked else functional.linear(x, parts[0], bias)
+    if not on_cpu and any(isinstance(part, Packed) for part in parts):
+        return _packed_on_gpu(x, parts, bias)
+    few = 1 if isinstance(first, Packed) else _VERY_FEW_ROWS
+    blocked = tokens > few and _has_onednn(x)
+    plain = len(parts) == 1 and isinstance(first, Tensor) and first.dtype == x.dtype
+    if plain and isinstance(first, Tensor) and (blocked or not on_cpu or tokens > _FEW_ROWS):
+        return _onednn(x, first, bias) if blocked else functional.linear(x, first, bias)
     outputs = sum(part.shape[0] for part in parts)
     if blocked:
         result = torch.empty(tokens, outputs, dtype=x.dtype)
@@ -59,16 +70,56 @@ def linear(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None = None) -> Te
     return result if bias is None else result.add_(bias)
 
 
-def _tiles(parts: Sequence[Tensor], dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+def linear_backward(y: Tensor, parts: Sequence[Weight]) -> Tensor:
+    """Return ``y @ cat(parts)``: y [T, out], parts [out_i, in] -> [T, in] in y's type, the gradient of the input.
+
+    Narrow parts are widened, those in 4 bits unpacked, tile by tile; one in oneDNN's blocks takes as much memory again.
+    """
+    first = parts[0]
+    if _in_blocks(first):
+        return y @ first.to_dense()
+    if len(parts) == 1 and isinstance(first, Tensor) and first.dtype == y.dtype:
+        return y @ first
+    result = torch.zeros(y.shape[0], first.shape[1], dtype=y.dtype, device=y.device)
+    for columns, tile in _tiles(parts, y.dtype):
+        result.addmm_(y[:, columns], tile)
+    return result
+
+
+def _packed_on_gpu(x: Tensor, parts: Sequence[Weight], bias: Tensor | None) -> Tensor:
+    """The fused kernel where few rows leave memory the limit, dequantization and a plain product beyond."""
+    products = []
+    for part in parts:
+        if isinstance(part, Packed) and x.shape[0] <= _FUSED_ROWS:
+            products.append(_fused_kernel(x, part))
+        else:
+            products += [functional.linear(x, tile) for _, tile in _tiles([part], x.dtype)]
+    result = products[0] if len(products) == 1 else torch.cat(products, dim=1)
+    return result if bias is None else result.add_(bias)
+
+
+def _fused_kernel(x: Tensor, weight: Packed) -> Tensor:
+    from flexbatch.kernels.packed_triton import packed_product  # Triton is there only where there is a GPU
+
+    return packed_product(x, weight)
+
+
+def _tiles(parts: Sequence[Weight], dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """All parts in ``dtype``: which outputs, and their rows; those in that type already are one tile each."""
     base = 0
     for part in parts:
-        if part.dtype == dtype:
+        if isinstance(part, Tensor) and part.dtype == dtype:
             yield slice(base, base + part.shape[0]), part
         else:
-            for rows, tile in widened_tiles(part, dtype):
+            tiles = unpacked_tiles(part, dtype) if isinstance(part, Packed) else widened_tiles(part, dtype)
+            for rows, tile in tiles:
                 yield slice(base + rows.start, base + rows.stop), tile
         base += part.shape[0]
+
+
+def _in_blocks(weight: Weight) -> TypeGuard[Tensor]:
+    """Whether ``weight`` is in the form that ``pack`` gives."""
+    return isinstance(weight, Tensor) and weight.is_mkldnn
 
 
 def _has_onednn(operand: Tensor) -> bool:

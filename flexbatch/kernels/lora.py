@@ -31,14 +31,17 @@ Floats = NDArray[np.float32]
 
 @dataclass(slots=True)
 class RowGroups:
-    """The rows of a micro-batch that have an adapter, those of one adapter side by side. Adapters are numbers from 0.
+    """The rows of a micro-batch that have an adapter. Adapters are numbers from 0.
 
-    ``order``: the rows in that order, first those of ``many``: (adapter, its first and last place in the order, the
-    latter not included), where an adapter has more than a few; then, in their own order, the few rows of all others,
-    ``owners`` being the adapter of each. ``runs``: (row, place in ``back``, rows) of unbroken runs of rows, where
-    ``back`` are the places of rows in the order; both only serve to write results fast.
+    ``spans``: (adapter, first row, row after the last) of many rows of one adapter that lie together: products read
+    and write them where they are. ``order``: all other rows, those of one adapter side by side: first those of
+    ``many``: (adapter, its first and last place in the order, the latter not included), where an adapter has more than
+    a few; then, in their own order, the few rows of all others, ``owners`` being the adapter of each. ``runs``: (row,
+    place in ``back``, rows) of unbroken runs of rows, where ``back`` are the places of rows in the order; both only
+    serve to write results fast.
     """
 
+    spans: list[tuple[int, int, int]]
     order: Tensor
     many: list[tuple[int, int, int]]
     owners: Ints
@@ -90,8 +93,7 @@ class _Pattern:
     @classmethod
     def of(cls, ranks: Ints, owners: Ints) -> _Pattern:
         starts = np.concatenate(([0], np.cumsum(ranks)))
-        steps = np.arange(starts[-1]) - np.repeat(starts[:-1], ranks)
-        return cls(torch.from_numpy(starts), np.repeat(owners, ranks), steps)
+        return cls(torch.from_numpy(starts), np.repeat(owners, ranks), _steps(ranks))
 
     def columns(self, firsts: Ints) -> Tensor:
         """Rows of a matrix of factors, int64 [N], where those of each adapter begin at ``firsts`` [adapters]."""
@@ -139,20 +141,18 @@ class LoraBackend(Protocol):
 
 def group_rows(spans: Sequence[tuple[int, int, int]], *, few: int = _FEW) -> RowGroups:
     """Group rows by adapter. ``spans``: (first row, rows, adapter) in the order of rows, those without one left out."""
-    counts: dict[int, int] = {}
-    for _, count, adapter in spans:
-        counts[adapter] = counts.get(adapter, 0) + count
-    rows = np.concatenate([np.arange(first, first + count) for first, count, _ in spans] or [np.zeros(0, np.int64)])
-    owners = np.repeat([adapter for _, _, adapter in spans], [count for _, count, _ in spans]).astype(np.int64)
-    large = [adapter for adapter, count in counts.items() if count >= few]
-    rank = {adapter: place for place, adapter in enumerate(large)}
-    keys = np.array([rank.get(adapter, len(large)) for adapter in owners.tolist()], dtype=np.int64)
-    places = np.argsort(keys, kind="stable")
-    many: list[tuple[int, int, int]] = []
-    place = 0
-    for adapter in large:
-        many.append((adapter, place, place + counts[adapter]))
-        place += counts[adapter]
+    long = [(adapter, first, first + count) for first, count, adapter in spans if count >= few]
+    short = [span for span in spans if span[1] < few]
+    lengths = [count for _, count, _ in short]
+    rows = np.repeat([first for first, _, _ in short], lengths).astype(np.int64) + _steps(np.array(lengths, np.int64))
+    owners = np.repeat([adapter for _, _, adapter in short], lengths).astype(np.int64)
+    counts = np.bincount(owners)
+    large = np.flatnonzero(counts >= few)
+    keys = np.full(len(counts), len(large))
+    keys[large] = np.arange(len(large))
+    places = np.argsort(keys[owners], kind="stable")
+    stops = np.cumsum(counts[large]).tolist()
+    many = list(zip(large.tolist(), [0, *stops], stops, strict=False))
     breaks = np.flatnonzero(np.diff(rows) != 1) + 1
     starts = [0, *breaks.tolist()] if len(rows) else []
     runs = [
@@ -160,7 +160,14 @@ def group_rows(spans: Sequence[tuple[int, int, int]], *, few: int = _FEW) -> Row
     ]
     in_place = bool((places == np.arange(len(places))).all())
     back = None if in_place else torch.from_numpy(np.argsort(places, kind="stable"))
-    return RowGroups(torch.from_numpy(rows[places]), many, owners[places][place:], runs, back)
+    first_few = stops[-1] if stops else 0
+    return RowGroups(long, torch.from_numpy(rows[places]), many, owners[places][first_few:], runs, back)
+
+
+def _steps(lengths: Ints) -> Ints:
+    """0, 1, .. for each of several lengths, one after the other."""
+    steps: Ints = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return steps
 
 
 def add_flat(y: Tensor, x: Tensor, groups: RowGroups, factors: FlatFactors) -> None:
@@ -169,18 +176,29 @@ def add_flat(y: Tensor, x: Tensor, groups: RowGroups, factors: FlatFactors) -> N
     Both are fp32 on the CPU. Factors are read where they are: an adapter's few rows cost one pass over its factors,
     all adapters together two calls; where it has many rows, two products of its own.
     """
+    for adapter, first, stop in groups.spans:
+        a, b = _factors(factors, adapter)
+        y[first:stop].addmm_(x[first:stop] @ a.t(), b, alpha=float(factors.scales[adapter]))
     if not len(groups.order):
         return
     own = groups.take(x)
-    delta = torch.empty(own.shape[0], y.shape[1])
+    if not groups.many:
+        groups.give(y, _few(own, groups, factors))
+        return
+    delta = own.new_empty(own.shape[0], y.shape[1])
     for adapter, first, stop in groups.many:
-        rank = int(factors.ranks[adapter])
-        a = factors.a[int(factors.a_rows[adapter]) :][:rank]
-        b = factors.b[int(factors.b_rows[adapter]) :][:rank]
+        a, b = _factors(factors, adapter)
         torch.mm((own[first:stop] @ a.t()).mul_(float(factors.scales[adapter])), b, out=delta[first:stop])
     if len(groups.owners):
         delta[groups.first_few :] = _few(own[groups.first_few :], groups, factors)
     groups.give(y, delta)
+
+
+def _factors(factors: FlatFactors, adapter: int) -> tuple[Tensor, Tensor]:
+    """An adapter's a [rank, in] and b transposed [rank, out], where they lie."""
+    rank = int(factors.ranks[adapter])
+    a, b = int(factors.a_rows[adapter]), int(factors.b_rows[adapter])
+    return factors.a[a : a + rank], factors.b[b : b + rank]
 
 
 def _few(own: Tensor, groups: RowGroups, factors: FlatFactors) -> Tensor:
@@ -191,7 +209,7 @@ def _few(own: Tensor, groups: RowGroups, factors: FlatFactors) -> Tensor:
         wanted = torch.sparse_csr_tensor(
             pattern.starts,
             pattern.columns(factors.a_rows),
-            torch.zeros(len(pattern.steps)),
+            own.new_zeros(len(pattern.steps)),
             size=(own.shape[0], factors.a.shape[0]),
             check_invariants=False,
         )
@@ -218,20 +236,27 @@ def add_paged(y: Tensor, x: Tensor, groups: RowGroups, factors: PagedFactors) ->
 
 def add_paged_reference(y: Tensor, x: Tensor, groups: RowGroups, factors: PagedFactors) -> None:
     """What kernels over pages have to give: an adapter's numbers are laid end to end, then multiplied."""
+
+    def delta(adapter: int, own: Tensor) -> Tensor:
+        rank = int(factors.ranks[adapter])
+        laid = _laid(factors, adapter).to(x.dtype)
+        a = laid[int(factors.a_starts[adapter]) :][: rank * x.shape[1]].view(rank, -1)
+        b = laid[int(factors.b_starts[adapter]) :][: rank * y.shape[1]].view(rank, -1)
+        return (own @ a.t()).mul_(float(factors.scales[adapter])) @ b
+
+    for adapter, first, stop in groups.spans:
+        if factors.ranks[adapter]:
+            y[first:stop] += delta(adapter, x[first:stop])
     if not len(groups.order):
         return
     own = groups.take(x)
-    delta = torch.zeros(own.shape[0], y.shape[1], dtype=y.dtype, device=y.device)
+    deltas = torch.zeros(own.shape[0], y.shape[1], dtype=y.dtype, device=y.device)
     few = groups.first_few
     singles = [(int(adapter), few + place, few + place + 1) for place, adapter in enumerate(groups.owners)]
     for adapter, first, stop in (*groups.many, *singles):
-        rank = int(factors.ranks[adapter])
-        if rank:
-            laid = _laid(factors, adapter).to(x.dtype)
-            a = laid[int(factors.a_starts[adapter]) :][: rank * x.shape[1]].view(rank, -1)
-            b = laid[int(factors.b_starts[adapter]) :][: rank * y.shape[1]].view(rank, -1)
-            delta[first:stop] = (own[first:stop] @ a.t()).mul_(float(factors.scales[adapter])) @ b
-    groups.give(y, delta)
+        if factors.ranks[adapter]:
+            deltas[first:stop] = delta(adapter, own[first:stop])
+    groups.give(y, deltas)
 
 
 def _laid(factors: PagedFactors, adapter: int) -> Tensor:

@@ -82,7 +82,9 @@ def parse_config(raw: Mapping[str, Any]) -> AdapterConfig:
             raise AdapterError(f"{name} is not supported" + (f": {reason}" if reason else f" (it is {_short(value)})"))
     targets = _names(raw, "target_modules")
     layers = _layers(raw)
-    patterns = raw.get("layers_pattern") or ()
+    patterns = raw.get("layers_pattern") or []
+    if not isinstance(patterns, str | list):
+        raise AdapterError(f"layers_pattern must be a pattern or a list of them, not {_short(patterns)}")
     layers_pattern = (patterns,) if isinstance(patterns, str) else tuple(patterns)
     if isinstance(targets, str) and (layers is not None or layers_pattern):
         raise AdapterError("layers_to_transform and layers_pattern cannot go with a target_modules that is a pattern")

@@ -7,13 +7,23 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from flexbatch.kernels.linear import Weight, linear, linear_backward
+
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """One linear: parts [out_i, in] whose outputs stand side by side, in the type they rest in; bias [out]."""
+    """One linear: parts [out_i, in] whose outputs stand side by side, in the form they rest in; bias [out]."""
 
-    parts: tuple[Tensor, ...]
+    parts: tuple[Weight, ...]
     bias: Tensor | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, in] -> [T, out]: the product with all parts, and the bias."""
+        return linear(x, self.parts, self.bias)
+
+    def backward(self, y: Tensor) -> Tensor:
+        """[T, out] -> [T, in]: a gradient of the outputs brought back to the inputs; the bias has no part in it."""
+        return linear_backward(y, self.parts)
 
 
 @dataclass(slots=True)

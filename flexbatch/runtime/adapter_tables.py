@@ -21,12 +21,16 @@ _Layout = TypeVar("_Layout", FlatLayout, ImageLayout)
 
 @dataclass(frozen=True, slots=True)
 class Gathered:
-    """Arrays [modules, adapters] of a micro-batch. ``a`` and ``b``: where factors begin, in their layout's sense."""
+    """Arrays [modules, adapters] of a micro-batch. ``a`` and ``b``: where factors begin, in their layout's sense.
+
+    ``changed`` [modules]: whether any of the adapters changes it.
+    """
 
     ranks: Ints
     scales: Floats
     a: Ints
     b: Ints
+    changed: list[bool]
 
 
 class Kinds(Generic[_Layout]):
@@ -51,11 +55,13 @@ class Kinds(Generic[_Layout]):
             (layout.a_rows, layout.b_rows) if isinstance(layout, FlatLayout) else (layout.a_starts, layout.b_starts)
             for layout in layouts
         ]
+        ranks = np.stack([layout.ranks for layout in layouts], axis=1)
         return Gathered(
-            np.stack([layout.ranks for layout in layouts], axis=1),
+            ranks,
             np.stack([layout.scales for layout in layouts], axis=1),
             np.stack([a for a, _ in places], axis=1),
             np.stack([b for _, b in places], axis=1),
+            [bool(own.any()) for own in ranks],
         )
 
 
@@ -79,7 +85,7 @@ class FlatTable:
 
     def add(self, group: int, linear: str, x: Tensor, y: Tensor) -> None:
         """Add what the adapters make of x [T, in] to y [T, out], in place."""
-        numbers = [n for n in self._index.by_linear.get((group, linear), ()) if self._gathered.ranks[n].any()]
+        numbers = [n for n in self._index.by_linear.get((group, linear), ()) if self._gathered.changed[n]]
         if not numbers:
             return
         wide = y if y.dtype == torch.float32 else y.float()
@@ -135,7 +141,7 @@ class PagedTable:
 
     def add(self, group: int, linear: str, x: Tensor, y: Tensor) -> None:
         """Add what the adapters make of x [T, in] to y [T, out], in place."""
-        numbers = [n for n in self._index.by_linear.get((group, linear), ()) if self._gathered.ranks[n].any()]
+        numbers = [n for n in self._index.by_linear.get((group, linear), ()) if self._gathered.changed[n]]
         if not numbers:
             return
         pool, tables = self._where(group)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from flexbatch.kernels.linear import linear
 from flexbatch.kernels.rotary import apply_rotary
 from flexbatch.memory.weights import GroupWeights
 from flexbatch.runtime.adapter_store import BoundAdapters
@@ -27,8 +26,7 @@ class BoundContext:
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         """[T, in] -> [T, out]. Rows without an adapter are what they would be if there were none."""
-        operand = self.weights.linears[name]
-        product = linear(x, operand.parts, operand.bias)
+        product = self.weights.linears[name].forward(x)
         if self.adapters is not None:
             self.adapters.add(self.group, name, x, product)
         return product

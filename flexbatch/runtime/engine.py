@@ -5,6 +5,7 @@ It knows no files and no formats; jobs, the command line and the Python API stan
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
@@ -15,6 +16,7 @@ from typing import Any, Self
 
 import torch
 
+from flexbatch.checkpoint.four_bits import as_stored, in_four_bits
 from flexbatch.checkpoint.locate import ModelFolder
 from flexbatch.checkpoint.reader import open_checkpoint
 from flexbatch.kernels.rotary import RotaryTable
@@ -95,16 +97,18 @@ class Engine:
         self._passenger = passenger
         self._folder = folder
         self._codec = codec
-        # Only 16 bits can run: ``auto`` has one choice.
-        self._options = replace(options, weight_bits=16, kv_bits=16)
+        # The KV cache is kept in 16 bits: ``auto`` has one choice.
+        self._options = replace(options, kv_bits=16)
         self._shape = folder.shape
         self._family = family_of(folder.shape)
         table = self._family.table(folder.shape)
         self._size = model_size(folder.shape, table)
-        checkpoint = open_checkpoint(folder, table)
+        self._device = open_device(options)
+        checkpoint = as_stored(open_checkpoint(folder, table), table)
+        if options.weight_bits == 4:
+            checkpoint = in_four_bits(checkpoint, folder, table, progress)
         units = units_of(table, checkpoint, folder.shape.vocab_size)
         self._units = unit_sizes(units)
-        self._device = open_device(options)
         self._machine = machine_for(options, self._device, folder.native_dtype or folder.shape.stored_dtype)
         if passenger is not None:
             taken = passenger.working_bytes(self._machine.dtype)
@@ -120,6 +124,13 @@ class Engine:
         self._workload = workload
         self._adapters = Adapters(adapters or {}, table, folder.shape.family, self._device, options.adapter_memory)
         self.plan, placement = self._place(workload)
+        if options.weight_bits is None:
+            self._options = replace(self._options, weight_bits=4 if self.plan.weight_bits == 4 else 16)
+            if self.plan.weight_bits == 4:
+                checkpoint = in_four_bits(checkpoint, folder, table, progress)
+                units = units_of(table, checkpoint, folder.shape.vocab_size)
+                self._units = unit_sizes(units)
+                self.plan, placement = self._place(workload)
         self._reader = DirectReader(rate=options.rates.get("disk_read"))
         self._weights = WeightStore(
             table,
@@ -146,7 +157,7 @@ class Engine:
         self._trace = Trace(keep=trace)
         self._progress = RunProgress()
         self._load_s = time.perf_counter() - started
-        self._generate_s = 0.0
+        self._sweep_s: list[float] = []
 
     def __enter__(self) -> Self:
         return self
@@ -215,7 +226,7 @@ class Engine:
                 scheduler.retire(sequence)
             self._progress.preemptions = scheduler.preemptions
             results = [self._result(sequence, streams) for sequence in finished]
-            self._generate_s += time.perf_counter() - started
+            self._sweep_s.append(time.perf_counter() - started)
             yield from results
             yield from lost
 
@@ -233,13 +244,16 @@ class Engine:
         spilled = (0, 0) if self._spill is None else (self._spill.bytes_read, self._spill.bytes_written)
         rate = product_rate(getattr(torch, self.plan.dtype))
         flops = done.linear_flops + done.attention_flops
+        generate_s = sum(self._sweep_s)
         return {
             "prompt_tokens": done.prompt_tokens,
             "completion_tokens": done.completion_tokens,
             "preemptions": done.preemptions,
             "load_s": self._load_s,
-            "generate_s": self._generate_s,
-            "throughput_tok_s": done.completion_tokens / self._generate_s if self._generate_s else 0.0,
+            "generate_s": generate_s,
+            "sweeps": len(self._sweep_s),
+            "sweep_s": statistics.median(self._sweep_s) if self._sweep_s else 0.0,
+            "throughput_tok_s": done.completion_tokens / generate_s if generate_s else 0.0,
             "peak_bytes": {
                 "gpu": self._device.gpu_peak,
                 "cpu": peak_rss(),
@@ -402,7 +416,8 @@ class Engine:
         sequence.prompt_logprobs.top += readout.prompt_top
         sequence.scored = max(sequence.scored, piece.score_to + 1 if readout.prompt_values else 0)
         if readout.token is None:
-            if not sequence.wants_tokens and sequence.pending == 0:
+            # A prompt cut over several micro-batches is scored when its last slice is.
+            if not sequence.wants_tokens and sequence.pending == 0 and piece.stop == sequence.computed:
                 sequence.finish_reason = "length"
             return sequence.finish_reason is not None
         if readout.token == NO_TOKEN:
@@ -416,7 +431,7 @@ class Engine:
 
     def _ending(self, sequence: Sequence, token: int, streams: dict[int, TextStream]) -> FinishReason | None:
         params = sequence.source.request.params
-        if token in self._shape.eos_token_ids and not params.ignore_eos:
+        if (token in self._shape.eos_token_ids and not params.ignore_eos) or token in params.stop_token_ids:
             return "stop"
         if params.stop and self._codec is not None:
             stream = streams.setdefault(sequence.source.index, TextStream(self._codec, params.stop))
@@ -454,7 +469,9 @@ class Engine:
         if not sequence.scores_prompt:
             return TokenLogprobs(tuple(sequence.generated), tuple(own.values), tuple(own.top))
         prompt = sequence.prompt_logprobs
-        return TokenLogprobs(tuple(sequence.tokens), (None, *prompt.values, *own.values), ({}, *prompt.top, *own.top))
+        skipped = max(1, sequence.source.score_from)
+        values = (*(None,) * skipped, *prompt.values, *own.values)
+        return TokenLogprobs(tuple(sequence.tokens), values, (*({},) * skipped, *prompt.top, *own.top))
 
     def _failed(self, request: TokenizedRequest, error: RowError) -> Result:
         self._progress.rows_done += 1

@@ -146,7 +146,7 @@ def _processor(bench: Bench, own: str, types: Collection[str], effort: Effort) -
         products(bench, getattr(torch, name), effort.rows if name in (own, "float32") else effort.other_rows)
         for name in order
     ]
-    probes += [widening(bench, stored) for stored in (torch.float16, torch.bfloat16)]
+    probes += [widening(bench, stored) for stored in (torch.float16, torch.bfloat16, None)]
     probes.append(attention(bench, getattr(torch, own)))
     probes.append(steps(bench, getattr(torch, own)))
     return probes

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flexbatch.compression.groups import PackedLayout
 from flexbatch.kernels.attention import Span, attend, prepare
-from flexbatch.kernels.linear import linear, pack
+from flexbatch.kernels.linear import Weight, linear, pack
 from flexbatch.kernels.norms import rms_norm
 from flexbatch.memory.kv import PageShape
 from flexbatch.runtime.device import Device
@@ -67,10 +68,24 @@ class Bench:
         """Times work of this processor."""
         return Stopwatch(self.device, self.tier)
 
-    def weights(self, dtype: torch.dtype) -> list[Tensor]:
+    def weights(self, dtype: torch.dtype) -> list[Weight]:
         """Weights, each [side, side], as runs keep them, that together take ``room``: more than any cache holds."""
         nbytes = self.side**2 * dtype.itemsize
         return [pack(self.random((self.side, self.side), dtype)) for _ in range(max(2, self.room // nbytes))]
+
+    def packed_weights(self) -> list[Weight]:
+        """The same in 4 bits."""
+        layout = PackedLayout((self.side, self.side))
+        with self.device.lane(self.tier):
+            raws = [
+                self.empty((layout.nbytes,), torch.uint8).random_() for _ in range(max(2, self.room // layout.nbytes))
+            ]
+            packed = [layout.view(raw) for raw in raws]
+            for weight in packed:
+                weight.scales.fill_(0.01)
+                assert weight.minimums is not None
+                weight.minimums.fill_(-0.075)
+        return list(packed)
 
 
 def products(bench: Bench, dtype: torch.dtype, rows: Sequence[int]) -> Probe:
@@ -97,15 +112,17 @@ def products(bench: Bench, dtype: torch.dtype, rows: Sequence[int]) -> Probe:
     return Probe(tuple(f"{bench.tier}.products.{name}.{count}" for count in rows), samplers)
 
 
-def widening(bench: Bench, stored: torch.dtype) -> Probe:
+def widening(bench: Bench, stored: torch.dtype | None) -> Probe:
     """Weights/s that a linear in float32 widens from ``stored``: by how much it takes longer than on float32 weights.
 
-    The difference is at least a fiftieth of the product's own time, for it is no better known.
+    None: unpacks from 4 bits. The difference is at least a fiftieth of the product's own time, for it is no better
+    known.
     """
-    name = str(stored).removeprefix("torch.")
+    name = "int4" if stored is None else str(stored).removeprefix("torch.")
 
     def samplers() -> Iterator[Sampler]:
-        wide, narrow = bench.weights(torch.float32), bench.weights(stored)
+        wide = bench.weights(torch.float32)
+        narrow = bench.packed_weights() if stored is None else bench.weights(stored)
         plain = _product(bench, wide, WIDENED_ROWS, torch.float32)
         widened = _product(bench, narrow, WIDENED_ROWS, torch.float32)
         watches = bench.watch(), bench.watch()
@@ -199,7 +216,7 @@ def steps(bench: Bench, dtype: torch.dtype) -> Probe:
     return Probe((f"{bench.tier}.step_s",), samplers)
 
 
-def _product(bench: Bench, weights: Sequence[Tensor], rows: int, dtype: torch.dtype) -> Callable[[int], None]:
+def _product(bench: Bench, weights: Sequence[Weight], rows: int, dtype: torch.dtype) -> Callable[[int], None]:
     with bench.device.lane(bench.tier):
         x = torch.randn(rows, bench.side, device=bench.torch_device).to(dtype)
     turn = 0

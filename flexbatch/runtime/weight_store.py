@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flexbatch.checkpoint.tensors import DTYPES, Checkpoint, TensorEntry
-from flexbatch.kernels.linear import pack
+from flexbatch.kernels.linear import Weight, pack
 from flexbatch.memory.aligned import align_up
 from flexbatch.memory.direct import DirectReader, Extent, ReadPlan, plan_reads
 from flexbatch.memory.weights import GroupWeights, Operand
@@ -48,7 +48,13 @@ class Unit:
     @property
     def elements(self) -> int:
         """Weights."""
-        return sum(entry.nbytes // DTYPES[entry.dtype].itemsize for entry in self.entries)
+        return sum(entry.elements for entry in self.entries)
+
+    @property
+    def packed(self) -> tuple[int, int]:
+        """Of its weights those that are in 4 bits, and their bytes."""
+        packed = [entry for entry in self.entries if entry.layout is not None]
+        return sum(entry.elements for entry in packed), sum(entry.nbytes for entry in packed)
 
 
 def units_of(table: WeightTable, checkpoint: Checkpoint, vocab_size: int) -> list[Unit]:
@@ -73,16 +79,17 @@ def unit_sizes(units: Sequence[Unit]) -> list[UnitSize]:
         before = seen.get(unit.key)
         groups = (unit.group,) if before is None else (*before.groups, unit.group)
         table = unit.is_table or (before is not None and before.table)
-        seen[unit.key] = UnitSize(unit.key, groups, unit.nbytes, unit.elements, unit.group in (0, last), table)
+        edge = unit.group in (0, last)
+        seen[unit.key] = UnitSize(unit.key, groups, unit.nbytes, unit.elements, edge, table, *unit.packed)
     return list(seen.values())
 
 
 class WeightStore:
     """The weights of one model, placed by ``tiers`` (unit key -> tier).
 
-    On a device without a GPU tier, units in RAM are widened to ``held``; all others stay as stored until a product
-    reads them. Small tensors are resident in ``compute`` dtype where products run. ``packed``: matrices may rest in a
-    layout that only products by their transpose read.
+    On a device without a GPU tier, units in RAM are widened to ``held``; all others, and weights in 4 bits anywhere,
+    stay as stored until a product reads them. Small tensors are resident in ``compute`` dtype where products run.
+    ``blocked``: matrices may rest in a layout that only products by their transpose read.
     """
 
     def __init__(
@@ -99,14 +106,14 @@ class WeightStore:
         host_ring: int,
         gpu_ring: int,
         progress: Progress | None = None,
-        packed: bool = True,
+        blocked: bool = True,
     ) -> None:
         self._checkpoint = checkpoint
         self._device = device
         self._reader = reader
         self._held = held
         self._compute = compute
-        self._packed = packed
+        self._blocked = blocked
         self._on_gpu = device.compute == "gpu"
         self._resident: list[GroupWeights] = []
         keys = Counter(unit.key for unit in units)
@@ -126,15 +133,21 @@ class WeightStore:
             group: _Stream([unit for unit in moving if unit.group == group], tiers)
             for group in sorted({unit.group for unit in moving})
         }
-        self._host_table = self._read_unit(self._table)[0] if self._table_tier == "cpu" and self._table else None
+        self._host_table: Tensor | None = None
+        if self._table is not None and self._table_tier == "cpu":
+            entry = self._table.entries[0]
+            self._host_table = _dense(entry.view(self._in_host(entry)))
         for stream in self._streams.values():
             if stream.from_host:
-                stream.host_parts = {unit.key: self._read_unit(unit) for unit in stream.from_host}
+                stream.host_parts = {
+                    unit.key: tuple(self._in_host(entry) for entry in unit.entries) for unit in stream.from_host
+                }
         nothing = torch.empty(0, dtype=torch.uint8)
         self._host_ring = device.host_buffer(host_ring) if self.reads else nothing
         self._gpu_ring = device.gpu_buffer(gpu_ring) if self.uploads else nothing
-        self._ready: dict[int, dict[str, tuple[Tensor, ...]]] = {}  # group -> its streamed units at the compute tier
-        self._arrived: dict[int, dict[str, tuple[Tensor, ...]]] = {}  # group -> its units from disk, in the host ring
+        # By group and unit the bytes of each part: what has come to the compute tier, and from disk to the host ring.
+        self._ready: dict[int, dict[str, tuple[Tensor, ...]]] = {}
+        self._arrived: dict[int, dict[str, tuple[Tensor, ...]]] = {}
 
     @property
     def reads(self) -> dict[int, int]:
@@ -173,8 +186,7 @@ class WeightStore:
         for key, parts in sources.items():
             placed = []
             for part in parts:
-                raw = self._gpu_ring[position : position + part.nbytes]
-                target = raw.view(part.dtype).view(part.shape)
+                target = self._gpu_ring[position : position + part.nbytes]
                 self._device.copy(target, part, "h2d")
                 placed.append(target)
                 position += align_up(part.nbytes)
@@ -201,8 +213,10 @@ class WeightStore:
         ready = self._ready[index]
         linears = dict(resident.linears)
         for unit in stream.units:
-            parts = tuple(part.t() if unit.transposed else part for part in ready[unit.key])
-            linears[unit.name] = Operand(parts, resident.linears[unit.name].bias)
+            raws = zip(unit.entries, ready[unit.key], strict=True)
+            parts = [entry.view(raw) for entry, raw in raws]
+            turned = tuple(part.t() if unit.transposed and isinstance(part, Tensor) else part for part in parts)
+            linears[unit.name] = Operand(turned, resident.linears[unit.name].bias)
         return GroupWeights(resident.dtype, linears, resident.vectors, resident.tables)
 
     # --- loading -------------------------------------------------------------------------------------------------
@@ -213,9 +227,9 @@ class WeightStore:
     def _load_resident(self, index: int, group: GroupSpec, resident: set[tuple[int, str]]) -> GroupWeights:
         weights = GroupWeights(dtype=self._compute)
         for linear in group.linears:
-            parts: tuple[Tensor, ...] = ()
+            parts: tuple[Weight, ...] = ()
             if (index, linear.name) in resident:
-                parts = (self._operand(group, linear),)
+                parts = self._operand(group, linear)
             weights.linears[linear.name] = Operand(parts, self._bias(group, linear))
         for vector in group.vectors:
             name = group.prefix + vector.tensor
@@ -274,11 +288,22 @@ class WeightStore:
             row += part.out_features
         return self._placed(stacked) if self._on_gpu else stacked
 
-    def _operand(self, group: GroupSpec, linear: LinearSpec) -> Tensor:
+    def _operand(self, group: GroupSpec, linear: LinearSpec) -> tuple[Weight, ...]:
         """A resident linear in the form its products read; a table of embeddings that is also a head stays a table."""
+        entries = [self._checkpoint.entries[f"{group.prefix}{part.module}.weight"] for part in linear.parts]
+        if any(entry.layout is not None for entry in entries):
+            return tuple(self._resting(entry, transposed=linear.transposed) for entry in entries)
         stacked = self._stacked(group, linear)
         shared = any(stacked is table for table in self._tables.values())
-        return stacked if shared or self._on_gpu or not self._packed else pack(stacked)
+        return (stacked if shared or self._on_gpu or not self._blocked else pack(stacked),)
+
+    def _resting(self, entry: TensorEntry, *, transposed: bool) -> Weight:
+        """One part of a resident linear of which some are in 4 bits."""
+        if entry.layout is None:
+            stored = self._checkpoint.read(entry)
+            return self._rest(stored.t().contiguous() if transposed else stored)
+        raw = self._in_host(entry) if not self._on_gpu else self._placed(self._checkpoint.raw(entry))
+        return entry.view(raw)
 
     def _bias(self, group: GroupSpec, linear: LinearSpec) -> Tensor | None:
         if not linear.bias:
@@ -286,16 +311,11 @@ class WeightStore:
         parts = [self._read(f"{group.prefix}{part.module}.bias").to(self._compute) for part in linear.parts]
         return self._placed(torch.cat(parts))
 
-    def _read_unit(self, unit: Unit) -> tuple[Tensor, ...]:
-        """A unit that rests in RAM as stored, in memory that copies to the GPU reach directly."""
-        parts = []
-        for entry in unit.entries:
-            stored = self._checkpoint.read(entry)
-            raw = self._device.host_buffer(stored.nbytes)
-            target = raw.view(stored.dtype).view(stored.shape)
-            target.copy_(stored)
-            parts.append(target)
-        return tuple(parts)
+    def _in_host(self, entry: TensorEntry) -> Tensor:
+        """The bytes of a tensor that rests in RAM as stored, in memory that copies to the GPU reach directly."""
+        raw = self._device.host_buffer(entry.nbytes)
+        raw.copy_(self._checkpoint.raw(entry))
+        return raw
 
 
 class _Stream:
@@ -314,17 +334,16 @@ class _Stream:
         return sum(align_up(entry.nbytes) for unit in self.units for entry in unit.entries)
 
     def parts_in(self, place: Tensor) -> dict[str, tuple[Tensor, ...]]:
-        """The parts of the units from disk, as views of the place they were read into."""
+        """The bytes of the parts of the units from disk, as views of the place they were read into."""
         found: dict[str, tuple[Tensor, ...]] = {}
         index = 0
         for unit in self.from_disk:
             parts = []
             for entry in unit.entries:
                 raw = self.plan.view(place, index)
-                dtype = DTYPES[entry.dtype]
-                if self.plan.offsets[index] % dtype.itemsize:
+                if self.plan.offsets[index] % entry.alignment:
                     raw = raw.clone()  # a checkpoint whose tensors do not even lie at whole elements
-                parts.append(raw.view(dtype).view(entry.shape))
+                parts.append(raw)
                 index += 1
             found[unit.key] = tuple(parts)
         return found
@@ -335,6 +354,12 @@ def _grounded(unit: Unit, checkpoint: Checkpoint, tiers: Mapping[str, str]) -> U
     if tiers[unit.key] != "disk" or all(entry.path is not None for entry in unit.entries):
         return unit
     return replace(unit, entries=tuple(checkpoint.at_rest(entry) for entry in unit.entries))
+
+
+def _dense(part: Weight) -> Tensor:
+    """``part``, which is not in 4 bits."""
+    assert isinstance(part, Tensor)
+    return part
 
 
 def _extent(entry: TensorEntry) -> Extent:

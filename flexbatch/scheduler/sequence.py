@@ -46,7 +46,9 @@ class Sequence:
         """
         prompt = len(source.token_ids)
         limit = min(prompt + source.request.params.max_tokens, max_positions + 1)
-        return cls(source=source, limit=max(limit, prompt), tokens=list(source.token_ids))
+        return cls(
+            source=source, limit=max(limit, prompt), tokens=list(source.token_ids), scored=max(1, source.score_from)
+        )
 
     @property
     def adapter(self) -> str | None:
@@ -65,8 +67,11 @@ class Sequence:
 
     @property
     def pending(self) -> int:
-        """Tokens whose KV is not computed yet: 1 while decoding, more while the prompt is (re)computed."""
-        return len(self.tokens) - self.computed
+        """Tokens whose KV is not computed yet: 1 while decoding, more while the prompt is (re)computed.
+
+        The last token of a prompt that is only scored is not among them: nothing is asked about what follows it.
+        """
+        return len(self.tokens) - self.computed - (not self.wants_tokens)
 
     @property
     def is_decoding(self) -> bool:
@@ -86,5 +91,5 @@ class Sequence:
 
     @property
     def cached_limit(self) -> int:
-        """The most tokens whose KV it will ever hold: the last token generated is never fed back."""
-        return self.limit - 1 if self.wants_tokens else self.limit
+        """The most tokens whose KV it will ever hold: its last token, generated or scored, is never fed back."""
+        return self.limit - 1

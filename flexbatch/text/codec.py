@@ -67,6 +67,15 @@ class TextCodec:
             return cls(gguf_tokenizer(file), str(path)) if has_tokenizer(file) else None
         return cls.load(path) if any(all((path / name).is_file() for name in names) for names in _FILE_SETS) else None
 
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer and its chat template to ``folder``, as ``load`` reads them."""
+        self._tokenizer.save_pretrained(str(folder))
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer itself, transformers' own."""
+        return self._tokenizer
+
     @property
     def vocab_size(self) -> int:
         """Number of token ids, added ones included."""

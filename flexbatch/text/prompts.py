@@ -53,26 +53,36 @@ class PromptEncoder:
                 encoded[index] = ids
         return [tokens if isinstance(tokens, str) else self._checked(tokens) for tokens in encoded]
 
-    def encode_pair(self, context: str, continuation: str, where: str) -> tuple[tuple[int, ...], int]:
+    def encode_pair(
+        self, context: str | Sequence[int], continuation: str | Sequence[int], where: str
+    ) -> tuple[tuple[int, ...], int]:
         """Return the tokens of ``context + continuation`` and where the continuation begins.
 
-        Trailing spaces of the context go to the continuation, since most tokenizers join a space to the word behind
-        it. Raises InputError, naming ``where``, if either is empty or the whole is too long.
+        Of text, trailing spaces of the context go to the continuation, since most tokenizers join a space to the word
+        behind it. Raises InputError, naming ``where``, if either is empty, if one is text and the other token ids, or
+        if the whole is longer than the window and the one token that is predicted at its end.
         """
-        codec = self._need_codec()
-        stripped = context.rstrip()
-        continuation = context[len(stripped) :] + continuation
-        if not stripped or not continuation:
-            raise InputError(f"{where}: the context and the continuation must not be empty")
-        whole = self._checked(codec.encode(stripped + continuation))
+        if isinstance(context, str) != isinstance(continuation, str):
+            raise InputError(f"{where}: give the context and the continuation both as text or both as token ids")
+        if isinstance(context, str) and isinstance(continuation, str):
+            codec = self._need_codec()
+            stripped = context.rstrip()
+            continuation = context[len(stripped) :] + continuation
+            if not stripped or not continuation:
+                raise InputError(f"{where}: the context and the continuation must not be empty")
+            tokens, start = codec.encode(stripped + continuation), len(codec.encode(stripped))
+        else:
+            if not context or not continuation:
+                raise InputError(f"{where}: the context and the continuation must not be empty")
+            tokens, start = tuple(int(token) for token in (*context, *continuation)), len(context)
+        whole = self._checked(tokens, predicted=1)
         if isinstance(whole, str):
             raise InputError(f"{where}: {whole}")
-        start = len(codec.encode(stripped))
         if start >= len(whole):
             raise InputError(f"{where}: the continuation has no tokens of its own")
         return whole, start
 
-    def _checked(self, tokens: tuple[int, ...]) -> tuple[int, ...] | str:
+    def _checked(self, tokens: tuple[int, ...], predicted: int = 0) -> tuple[int, ...] | str:
         if not tokens:
             return "the prompt is empty"
         if any(isinstance(token, bool) or not isinstance(token, int) for token in tokens):
@@ -80,7 +90,7 @@ class PromptEncoder:
         wrong = next((token for token in tokens if not 0 <= token < self._shape.vocab_size), None)
         if wrong is not None:
             return f"token id {wrong} is outside the vocabulary (0 to {self._shape.vocab_size - 1})"
-        if len(tokens) > self._shape.max_positions:
+        if len(tokens) > self._shape.max_positions + predicted:
             window = self._shape.max_positions
             return f"the prompt has {len(tokens)} tokens, the model's window {window}: shorten the prompt"
         return tokens

@@ -1,6 +1,7 @@
 """Corrupted model files, each a pure function of a number, and what must hold of flexbatch's answer to one.
 
-Damage is done to GGUF files, to GPTQ safetensors and to ``config.json``; a file that is still accepted must read as
+Damage is done to GGUF files, to safetensors of GPTQ, AWQ and of our own 4 bits, and to ``config.json``; a file
+that is still accepted must read as
 the package ``gguf``, the package ``safetensors`` or the formats' description read it.
 """
 
@@ -16,13 +17,17 @@ import gguf
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from flexbatch.checkpoint.derived import DerivedCheckpoint
+from flexbatch.checkpoint.four_bits import packed_form
 from flexbatch.checkpoint.gguf import GgufRecipe
 from flexbatch.checkpoint.grouped import GroupedRecipe
 from flexbatch.checkpoint.locate import locate
 from flexbatch.checkpoint.reader import open_checkpoint
+from flexbatch.checkpoint.tensors import Checkpoint, TensorEntry
+from flexbatch.compression.groups import Packed, dequantize
+from flexbatch.compression.quantize import quantize
 from flexbatch.errors import ModelError, UsageError
 from flexbatch.models.registry import family_of
 from flexbatch.text.codec import TextCodec
@@ -36,6 +41,7 @@ _JUNK: tuple[Any, ...] = (
     *("", "4", "gptq", "awq", "x" * 300, [], [0], {}, {"a": 1}),
 )
 SLOWEST_S = 5.0
+_FOLDERS = ("gptq", "awq", "own")
 
 
 class Fuzz:
@@ -50,8 +56,9 @@ class Fuzz:
         self._gguf = [(folder / f"{name}.gguf").read_bytes() for name in ("spm", "bpe")]
         write_folder(folder / "gptq", "qwen2", "gptq", 32)
         write_folder(folder / "awq", "qwen2", "awq", 64)
-        self._safetensors = {name: (folder / name / "model.safetensors").read_bytes() for name in ("gptq", "awq")}
-        self._configs = {name: json.loads((folder / name / "config.json").read_text()) for name in ("gptq", "awq")}
+        write_own(folder / "own", model)
+        self._safetensors = {name: (folder / name / "model.safetensors").read_bytes() for name in _FOLDERS}
+        self._configs = {name: json.loads((folder / name / "config.json").read_text()) for name in _FOLDERS}
 
     def case(self, number: int) -> str:
         """Make case ``number``, try it, and return ``refused`` or ``accepted``; AssertionError where a rule is broken.
@@ -65,7 +72,7 @@ class Fuzz:
             path = self._folder / "case.gguf"
             path.write_bytes(damaged(rng, rng.choice(self._gguf)))
         else:
-            method = rng.choice(("gptq", "awq"))
+            method = rng.choice(_FOLDERS)
             path = self._folder / "case"
             path.mkdir(exist_ok=True)
             config, content = json.dumps(self._configs[method]).encode(), self._safetensors[method]
@@ -133,7 +140,7 @@ def _answer(path: Path) -> str:
     try:
         folder = locate(str(path))
         checkpoint = open_checkpoint(folder, family_of(folder.shape).table(folder.shape))
-        tensors = {name: checkpoint.read(entry) for name, entry in checkpoint.entries.items()}
+        tensors = {name: _read(checkpoint, entry) for name, entry in checkpoint.entries.items()}
         codec = TextCodec.load_if_present(folder.path)
         if codec is not None:
             codec.decode(codec.encode("a b, 12 é\n"))
@@ -143,11 +150,50 @@ def _answer(path: Path) -> str:
             raise AssertionError(f"not one clear line: {message}") from error
         return "refused"
     for name, entry in checkpoint.entries.items():
-        assert tensors[name].shape == entry.shape
         assert tensors[name].nbytes == entry.nbytes
+        assert entry.layout is not None or tensors[name].shape == entry.shape
     if isinstance(checkpoint, DerivedCheckpoint):
         (_check_gguf if path.is_file() else _check_grouped)(path, checkpoint, tensors)
+    else:
+        _check_own(path, checkpoint, tensors)
     return "accepted"
+
+
+def write_own(path: Path, model: Any) -> None:
+    """Write a folder whose layers are in our 4 bits, in one file."""
+    path.mkdir()
+    model.half().save_pretrained(path / "wide")
+    config = json.loads((path / "wide" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "flexbatch", "version": 1, "bits": 4, "group_size": 64}
+    (path / "config.json").write_text(json.dumps(config))
+    tensors = load_file(path / "wide" / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        key, raw = packed_form(name, quantize(tensors.pop(name), method="minmax"))
+        tensors[key] = raw
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    model.float()
+
+
+def _read(checkpoint: Checkpoint, entry: TensorEntry) -> torch.Tensor:
+    if entry.layout is None:
+        return checkpoint.read(entry)
+    raw = checkpoint.raw(entry)
+    found = entry.view(raw)
+    assert isinstance(found, Packed)
+    assert found.shape == entry.shape
+    assert dequantize(found).shape == entry.shape
+    return raw
+
+
+def _check_own(path: Path, checkpoint: Checkpoint, tensors: dict[str, torch.Tensor]) -> None:
+    """An accepted folder reads as the package ``safetensors`` reads it, byte for byte."""
+    try:
+        stored = load_file(path / "model.safetensors")
+    except (SafetensorError, ValueError, OSError) as error:
+        raise AssertionError(f"accepted, but safetensors refuses it: {error}") from error
+    for name, tensor in tensors.items():
+        same = stored[checkpoint.entries[name].name].reshape(-1).view(torch.uint8)
+        assert torch.equal(tensor.reshape(-1).view(torch.uint8), same[: tensor.nbytes]), name
 
 
 def _check_gguf(path: Path, checkpoint: DerivedCheckpoint, tensors: dict[str, torch.Tensor]) -> None:

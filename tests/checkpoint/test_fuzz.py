@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tests.checkpoint.fuzzing import Fuzz
 
-CASES = int(os.environ.get("FLEXBATCH_FUZZ_CASES", "600"))
+CASES = int(os.environ.get("FLEXBATCH_FUZZ_CASES", "2000"))
 _ROOM_KB = 200_000
 
 

@@ -100,4 +100,4 @@ def test_a_failure_of_inference_ends_training(tmp_path: Path) -> None:
         trainer.close()
     assert not thread.is_alive()
     assert len(errors) == 1
-    assert "broken" in errors[0]
+    assert "inference ended, and training with it" in errors[0]

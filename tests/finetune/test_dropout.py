@@ -83,7 +83,11 @@ def test_dropped_gradients_are_those_of_the_same_masks(tmp_path: Path) -> None:
     assert run(512, seed=8) != loss
 
     generator = torch.Generator().manual_seed(0)
-    directions = [torch.randn(gradient.shape, generator=generator) for gradient in expected]
+    whole = sum(float(gradient.norm() ** 2) for gradient in expected) ** 0.5
+    number = sum(gradient.numel() for gradient in expected)
+    directions = [  # half along the gradient, so that the slope is steep, half anywhere
+        gradient + torch.randn(gradient.shape, generator=generator) * (whole / number**0.5) for gradient in expected
+    ]
     slope = sum(float((one.double() * two.double()).sum()) for one, two in zip(expected, directions, strict=True))
     step = 1e-3 / sum(float(each.norm() ** 2) for each in directions) ** 0.5
     sides = []

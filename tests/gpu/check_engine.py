@@ -14,7 +14,8 @@ from flexbatch.policy.workload import Workload
 from flexbatch.runtime.engine import Engine
 from flexbatch.units import GIB, Shares
 from tests.oracle import assert_equal, generate_alone, ragged_rows, requests_of
-from tests.tiny import ALL_VARIANTS, tiny_checkpoint
+from tests.runtime.test_four_bits import oracle_rows
+from tests.tiny import ALL_VARIANTS, FAMILIES, tiny_checkpoint
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "all on the GPU": {},
@@ -43,4 +44,25 @@ def test_greedy_rows_equal_transformers(family: str, variant: str, tmp_path: Pat
             device="cuda", dtype="float32", gpu_memory=GIB, cpu_memory=4 * GIB, disk_dir=tmp_path, **settings
         )
         with Engine(folder, None, options, Workload.of(requests)) as engine:
+            assert_equal(list(engine.run(requests)), rows)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_in_four_bits(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = tmp_path / "model"
+    rows = oracle_rows(model, family, seed=5)
+    for name, settings in SETTINGS.items():
+        print(name)
+        options = EngineOptions(
+            device="cuda",
+            dtype="float32",
+            weight_bits=4,
+            gpu_memory=GIB,
+            cpu_memory=4 * GIB,
+            disk_dir=tmp_path,
+            **settings,
+        )
+        requests = requests_of(rows)
+        with Engine(locate(str(model)), None, options, Workload.of(requests)) as engine:
             assert_equal(list(engine.run(requests)), rows)

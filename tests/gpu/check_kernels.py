@@ -7,8 +7,11 @@ import random
 import pytest
 import torch
 
+from flexbatch.compression.groups import dequantize
 from flexbatch.kernels.attention import Span, attend, prepare
+from flexbatch.kernels.linear import linear, linear_backward
 from flexbatch.kernels.paged import attend_paged, store_paged
+from tests.kernels.packed_cases import distance, random_packed
 from tests.kernels.paged_cases import Case, Shape, assert_near, build, dense, random_shape
 
 GPU = torch.device("cuda")
@@ -87,6 +90,20 @@ def test_store(kv_heads: int, dim: int, dtype: torch.dtype) -> None:
     expected[pages, :, 1, offsets] = v.cpu()
     store_paged(pool, pages.to(GPU), offsets.to(GPU), k, v)
     assert torch.equal(pool.cpu(), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 7, 16, 33, 256, 257, 1000])
+def test_products_with_packed_weights(rows: int, dtype: torch.dtype) -> None:
+    rng = random.Random(rows)
+    bound = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}[dtype]
+    for in_features in (64, 515, 2048):
+        parts = [random_packed(rng, (rng.randint(1, 700), in_features)).to(GPU) for _ in range(2)]
+        weight = torch.cat([dequantize(part, dtype) for part in parts]).double()
+        bias = torch.randn(len(weight), device=GPU).to(dtype)
+        x, y = (torch.randn(rows, size, device=GPU).to(dtype) for size in (in_features, len(weight)))
+        assert distance(linear(x, parts, bias), x.double() @ weight.t() + bias.double()) < bound
+        assert distance(linear_backward(y, parts), y.double() @ weight) < bound
 
 
 def test_a_pool_of_more_than_2_to_the_31_numbers() -> None:

@@ -38,7 +38,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sim": {"device": "sim"},
     "sim, KV and weights below": {"device": "sim", "weights": "30,30,40", "kv": "0,100,0", "micro_batch": 40},
 }
-
+"""Exact ones. 4-bit weights (PEFT over the dequantized base) and 4-bit KV (to tolerance) join when runs keep them."""
 
 TITLES = [title for title in SETTINGS if title not in ("plain", "sim")]
 SWAPPED_ON_CPU: dict[str, Any] = {"max_sequences": 6}
@@ -154,7 +154,7 @@ def test_rows_of_the_base_model_are_the_same_to_the_bit(
         shapes[-1].append(tuple(x.shape))
         return product(x, *rest)
 
-    monkeypatch.setattr("flexbatch.runtime.context.linear", noted)
+    monkeypatch.setattr("flexbatch.memory.weights.linear", noted)
     case = case_of("llama")
     path, adapters, rows, names = case.path, case.adapters, case.rows, case.names
     same = {"ignore_eos": True, "logprobs": 3}

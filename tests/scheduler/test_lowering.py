@@ -8,12 +8,15 @@ from typing import Literal
 
 import pytest
 
+from flexbatch.policy.footprint import UnitSize
+from flexbatch.policy.weights import deal, grown_ring, least_ring
 from flexbatch.requests import Request, TokenizedRequest
 from flexbatch.sampling import SamplingParams
 from flexbatch.scheduler.lowering import Lowerer, Routes
 from flexbatch.scheduler.sequence import Sequence
 from flexbatch.scheduler.steps import Step
 from flexbatch.scheduler.sweep import MicroBatch, Slice, Sweep
+from flexbatch.units import Shares
 
 
 def sequence(name: int) -> Sequence:
@@ -186,3 +189,23 @@ def test_a_ring_of_two_neighbours_reads_the_large_one_while_the_one_before_it_is
         finished = {step.id: step.group for step in steps if step.kind == "finish"}
         head = next(step for step in steps if step.kind == "read" and step.group == 5)
         assert max(finished[other] for other in head.after if other in finished) == 3
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_places_in_a_ring_start_at_whole_blocks(seed: int) -> None:
+    rng = random.Random(seed)
+    sizes = {group: 4096 * rng.randint(1, 9) for group in range(1, 8)}
+    ring = least_ring(sizes) + 4096 * rng.randint(0, 9)
+    lowerer = Lowerer(Routes(num_layers=6, compute="cpu", reads=sizes, host_ring=ring))
+    sweep = Sweep(1, (MicroBatch((Slice(sequence(0), 0, 1, True, 1, 1),)),))
+    for _ in range(5):
+        steps = lowerer.lower(sweep, more=True).steps
+        assert all(step.slot % 4096 == 0 for step in steps if step.kind == "read")
+
+
+def test_rings_are_whole_blocks() -> None:
+    units = [UnitSize(str(group), (group,), 12345 + group, 1, False, False) for group in range(1, 5)]
+    placement = deal(units, Shares(0, 0, 1), compute="gpu")
+    for groups, ring in ((placement.reads, placement.host_ring), (placement.uploads, placement.gpu_ring)):
+        assert ring % 4096 == grown_ring(groups, 5000) % 4096 == grown_ring(groups, 10**9) % 4096 == 0
+        assert all(nbytes % 4096 == 0 for nbytes in groups.values())

@@ -45,8 +45,9 @@ def drive(scheduler: Scheduler, ends: dict[int, int] | None = None) -> list[Swee
             assert len(sequence.pages.pages) * 4 >= piece.stop
             assert piece.samples == (piece.stop == len(sequence.tokens) and sequence.wants_tokens)
         scheduler.computed(sweep)
-        for piece in [piece for piece in sweep.slices if piece.stop == len(piece.sequence.tokens)]:
-            sequence = piece.sequence
+        for sequence in {id(piece.sequence): piece.sequence for piece in sweep.slices}.values():
+            if sequence.pending:
+                continue
             if sequence.wants_tokens:
                 sequence.tokens.append(len(sequence.tokens))
             limit = min(sequence.limit, sequence.prompt_len + (ends or {}).get(sequence.source.index, 10**6))
