@@ -103,6 +103,7 @@ class LLM:
         lora: Mapping[str, str | Path] | None = None,
         lora_dir: str | Path | None = None,
         adapter_memory: int | str | None = None,
+        share_prefixes: bool = True,
     ) -> None:
         self._folder = locate(str(model), dummy=dummy_weights)
         self._options = EngineOptions(
@@ -124,6 +125,7 @@ class LLM:
             dtype=dtype,
             rates=rates or {},
             adapter_memory=_size(adapter_memory),
+            share_prefixes=share_prefixes,
         )
         named = [(name, Path(path)) for name, path in (lora or {}).items()]
         self._adapters = adapter_folders(named, None if lora_dir is None else Path(lora_dir))
@@ -329,8 +331,9 @@ class LLM:
         if not requests:
             return
         if self._engine is None:
+            workload = Workload.of(requests, share_prefixes=self._options.share_prefixes)
             self._engine = Engine(
-                self._folder, self._codec, self._options, Workload.of(requests), self._progress, adapters=self._adapters
+                self._folder, self._codec, self._options, workload, self._progress, adapters=self._adapters
             )
         for result in self._engine.run(requests):
             yield int(result.id), result

@@ -40,3 +40,4 @@ class EngineOptions:
     dtype: DType = "auto"
     rates: Mapping[Resource, float] = field(default_factory=dict)
     adapter_memory: int | None = None
+    share_prefixes: bool = True

@@ -271,7 +271,7 @@ def pages_of(
     if min(room.values()) < 1:
         return None
     total = min(room[tier] / share for tier, share in shares.items())
-    total = min(total, float(sequences * choice.cut.longest_pages))
+    total = min(total, min(float(choice.cut.longest_pages), mean.most) * sequences + mean.standing * len(shares))
     pages = {tier: max(1, min(room[tier], math.ceil(share * total - 1e-6))) for tier, share in shares.items()}
     home = max(shares, key=lambda tier: shares[tier])
     pages[home] = max(pages[home], min(room[home], choice.cut.longest_pages))

@@ -153,4 +153,4 @@ def _in_flight(setting: Setting) -> float:
     longest = float(setting.choice.cut.longest_pages)
     staggered = setting.prompt_tokens <= 1.5 * setting.steady_prompt
     pages = mean.pages if staggered else max(mean.pages, min(longest, 2 * mean.pages - prompt_pages))
-    return max(1.0, setting.pages / pages)
+    return max(1.0, (setting.pages - mean.standing) / pages)

@@ -60,13 +60,14 @@ def steady_sweep(
         start = workload.prompts[row] + max(0, offset - 1)
         slices[tiers.choose(1)].append(_slice(start, 1, place))
     if prompts:
-        total = sum(workload.prompts)
+        total = sum(workload.prompts) - (0 if cut.block else sum(workload.shared))
         left = prompt_tokens if prompt_tokens is not None else sequences * total / ends[-1]
         place = 0
         while round(left) > 0:
             row = int((place * 0.6180339887 % 1.0) * len(workload.prompts))
-            count = max(1, min(workload.prompts[row], round(left)))
-            slices[tiers.choose(1)].append(_slice(0, count, place))
+            start = workload.shared[row] if workload.shared and not cut.block else 0
+            count = max(1, min(workload.prompts[row] - start, round(left)))
+            slices[tiers.choose(1)].append(_slice(start, count, place))
             left -= count
             place += 1
     batches: list[MicroBatch] = []

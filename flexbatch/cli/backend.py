@@ -128,7 +128,8 @@ class Backend:
         from flexbatch.policy.workload import Workload
         from flexbatch.runtime.engine import Engine
 
-        return Engine(folder, codec, options, Workload.of(requests), progress, trace=trace, adapters=adapters)
+        workload = Workload.of(requests, share_prefixes=options.share_prefixes)
+        return Engine(folder, codec, options, workload, progress, trace=trace, adapters=adapters)
 
     def parameters(self, task: FinetuneTask) -> NamedTensors:
         """Return the factors that a training begins with."""

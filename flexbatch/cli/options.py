@@ -132,6 +132,7 @@ def engine_options(values: argparse.Namespace) -> EngineOptions:
         rates=dict(values.throttle),
         dtype=values.dtype,
         adapter_memory=getattr(values, "adapter_memory", None),
+        share_prefixes=values.share_prefixes,
     )
 
 
@@ -218,6 +219,13 @@ def _add_placement(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--max-sequences", type=_count("--max-sequences"), metavar="N", help="default auto")
     schedules = ("continuous", "block")
     group.add_argument("--schedule", choices=schedules, default="continuous", help="block: FlexGen's fixed block")
+    group.add_argument(
+        "--share-prefixes",
+        type=_on_off,
+        default=True,
+        metavar="on|off",
+        help="compute what prompts begin with alike once (default on)",
+    )
     group.add_argument("--no-overlap", action="store_true", help="run the steps of a sweep one after the other")
 
 
@@ -265,6 +273,12 @@ def _switch(text: str) -> bool | None:
     if text not in values:
         raise UsageError(f"--cpu-attention {text}: give on, off or auto")
     return values[text]
+
+
+def _on_off(text: str) -> bool:
+    if text not in ("on", "off"):
+        raise UsageError(f"--share-prefixes {text}: give on or off")
+    return text == "on"
 
 
 def _bits(option: str) -> Callable[[str], Literal[16, 4] | None]:

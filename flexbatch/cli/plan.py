@@ -76,7 +76,7 @@ def run_plan(values: argparse.Namespace) -> ExitCode:
     folder = locate(values.model, dummy=True)
     for warning in folder.warnings:
         console.warn(warning)
-    workload = _workload(values, folder, console)
+    workload = _workload(values, options, folder, console)
     profile, machine = _machine(values, options, folder, console)
     shop = _shop(folder, workload, options, machine, profile)
     from flexbatch.policy.search import choose
@@ -103,11 +103,11 @@ def run_plan(values: argparse.Namespace) -> ExitCode:
     return ExitCode.DONE
 
 
-def _workload(values: argparse.Namespace, folder: ModelFolder, console: Console) -> Workload:
+def _workload(values: argparse.Namespace, options: EngineOptions, folder: ModelFolder, console: Console) -> Workload:
     from flexbatch.policy.workload import Workload
 
     if values.input is not None:
-        return _rows(values, folder, console)
+        return _rows(values, options, folder, console)
     longest = folder.shape.max_positions
     prompt, new = values.prompt_len or min(PROMPT_LEN, longest // 2), values.gen_len or min(GEN_LEN, longest // 4)
     if prompt > longest:
@@ -115,10 +115,14 @@ def _workload(values: argparse.Namespace, folder: ModelFolder, console: Console)
     return Workload.uniform(prompt, new, values.num_requests or REQUESTS)
 
 
-def _rows(values: argparse.Namespace, folder: ModelFolder, console: Console) -> Workload:
-    """The lengths of the input's rows: exact with the model's tokenizer, else estimated from the text."""
+def _rows(values: argparse.Namespace, options: EngineOptions, folder: ModelFolder, console: Console) -> Workload:
+    """The lengths of the input's rows: exact with the model's tokenizer, else estimated from the text.
+
+    What prompts share is known only in tokens.
+    """
     from flexbatch.jobs.rows import read_rows, require_valid
     from flexbatch.policy.workload import Workload
+    from flexbatch.requests import TokenizedRequest
     from flexbatch.sampling import SamplingParams
     from flexbatch.text.prompts import PromptEncoder
 
@@ -140,6 +144,13 @@ def _rows(values: argparse.Namespace, folder: ModelFolder, console: Console) -> 
             for row, tokens in zip(job.rows, encoded, strict=True)
         ]
         require_valid(job.name, rows)
+        if max(map(len, encoded)) <= folder.shape.max_positions:
+            known = [
+                TokenizedRequest(request, index, tokens)
+                for index, (request, tokens) in enumerate(zip(requests, encoded, strict=True))
+                if not isinstance(tokens, str)
+            ]
+            return Workload.of(known, share_prefixes=options.share_prefixes)
         prompts = [len(tokens) for tokens in encoded]
     limit = folder.shape.max_positions
     prompts = [min(prompt, limit) for prompt in prompts]

@@ -2,6 +2,7 @@
 
 Decoding rows (one token each) are computed together: every page is one small matrix product with the queries of its
 sequence, and the pages' partial softmaxes are merged as in FlashAttention (Dao et al., 2022) and its split-K variant.
+Pages that several sequences begin with are read once for all of them (``kernels.cascade``).
 Prompt chunks go one by one through torch's fused kernel. A device that has kernels of its own (``kernels.paged``) gives
 all of it to them. Knows nothing of sequences; it sees index tensors.
 """
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
+from flexbatch.kernels.cascade import SharedContext, attend_rest, attend_shared, common_pages, merged
 from flexbatch.kernels.paged import PagedQueries, attend_paged, has_kernels, index_queries
 
 _CPU = torch.device("cpu")
@@ -24,12 +26,18 @@ _PAGES_PER_RUN = 3  # runs shorter than this on average are not worth a call eac
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Queries of one sequence: rows ``row .. row + count``, at positions ``start ..``, over its ``pages``."""
+    """Queries of one sequence: rows ``row .. row + count``, at positions ``start ..``, over its ``pages``.
+
+    The first ``shared`` pages may be other sequences', too, and lie before ``start``; ``skip`` of them are attended to
+    together with others.
+    """
 
     row: int
     count: int
     start: int
     pages: Sequence[int]
+    shared: int = 0
+    skip: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,18 +73,21 @@ class PageBatch:
 class AttentionBatch:
     """Everything about one micro-batch that attention needs in every layer with the same window.
 
-    Either ``paged``, for the kernels of a device that has some, or ``spans`` and ``pages``, for this module's products.
+    Either ``paged``, for the kernels of a device that has some, or ``spans`` and ``pages``, for this module's products,
+    with the ``contexts`` that they skip.
     """
 
     spans: tuple[Span, ...]
     pages: PageBatch | None
     window: int | None
     paged: tuple[PagedQueries, ...] = ()
+    contexts: tuple[SharedContext, ...] = ()
 
     def to(self, device: torch.device) -> AttentionBatch:
         """The same with its tensors on ``device``, copied on its current stream."""
         pages = None if self.pages is None else self.pages.to(device)
-        return replace(self, pages=pages, paged=tuple(queries.to(device) for queries in self.paged))
+        paged = tuple(queries.to(device) for queries in self.paged)
+        return replace(self, pages=pages, paged=paged, contexts=tuple(context.to(device) for context in self.contexts))
 
 
 def prepare(
@@ -86,12 +97,16 @@ def prepare(
 
     They are of the form that ``device`` wants, but still on the CPU: ``to`` takes them there, once a micro-batch.
     """
+    contexts: tuple[SharedContext, ...] = ()
+    if window is None and not has_kernels(device):
+        contexts, spans = _contexts(spans)
     singles = [span for span in spans if span.count == 1]
     chunks = tuple(span for span in spans if span.count > 1)
     if has_kernels(device):
         groups = [group for group in (singles, chunks) if group]
         return AttentionBatch((), None, window, tuple(_paged(group, page_tokens, window) for group in groups))
-    return AttentionBatch(chunks, _page_batch(singles, page_tokens, window, dtype) if singles else None, window)
+    pages = _page_batch(singles, page_tokens, window, dtype) if singles else None
+    return AttentionBatch(chunks, pages, window, contexts=contexts)
 
 
 def attend(batch: AttentionBatch, layer: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -103,11 +118,25 @@ def attend(batch: AttentionBatch, layer: Tensor, q: Tensor, k: Tensor, v: Tensor
     if batch.paged:
         return attend_paged(batch.paged, layer, q, scale)
     out = torch.empty_like(q)
+    logs = (
+        q.new_empty(q.shape[:2], dtype=torch.float32) if batch.contexts else None
+    )  # of the sums behind what is shared
     if batch.pages is not None:
-        out[batch.pages.rows] = _attend_pages(batch.pages, layer, q[batch.pages.rows], scale)
+        out[batch.pages.rows], log = _attend_pages(batch.pages, layer, q[batch.pages.rows], scale)
+        if logs is not None:
+            logs[batch.pages.rows] = log
     for span in batch.spans:
         rows = slice(span.row, span.row + span.count)
-        out[rows] = attend_chunk(span, layer, q[rows], k[rows], v[rows], scale, batch.window)
+        if span.skip and logs is not None:
+            pages = span.pages[span.skip :]
+            start = span.start - span.skip * layer.shape[3]
+            out[rows], logs[rows] = attend_rest(pages, start, layer, q[rows], k[rows], v[rows], scale)
+        else:
+            out[rows] = attend_chunk(span, layer, q[rows], k[rows], v[rows], scale, batch.window)
+    if logs is not None:
+        sharing = torch.cat([context.rows for context in batch.contexts])
+        shared, log = attend_shared(batch.contexts, layer, q, scale)
+        out[sharing] = merged(out[sharing], logs[sharing], shared, log)
     return out
 
 
@@ -146,7 +175,19 @@ def attend_chunk(
     return attended[0].transpose(0, 1)
 
 
-def _attend_pages(batch: PageBatch, layer: Tensor, q: Tensor, scale: float) -> Tensor:
+def _contexts(spans: Sequence[Span]) -> tuple[tuple[SharedContext, ...], list[Span]]:
+    """What spans begin with alike, and the spans without it."""
+    found: list[SharedContext] = []
+    rest = list(spans)
+    for count, places in common_pages([span.pages for span in spans], [span.shared for span in spans]):
+        rows = [torch.arange(spans[place].row, spans[place].row + spans[place].count) for place in places]
+        found.append(SharedContext(torch.cat(rows), torch.tensor(spans[places[0]].pages[:count])))
+        for place in places:
+            rest[place] = replace(rest[place], skip=count)
+    return tuple(found), rest
+
+
+def _attend_pages(batch: PageBatch, layer: Tensor, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     total_rows, heads, dim = q.shape
     kv_heads = layer.shape[1]
     group = heads // kv_heads
@@ -165,7 +206,8 @@ def _attend_pages(batch: PageBatch, layer: Tensor, q: Tensor, scale: float) -> T
         outputs.append(output)
         logs.append(log)
     partial, log = _joined(outputs), _joined(logs)  # of one page alone: [N, KV, G, D], and [N, KV, G], log of the sum
-    return merge_pages(batch, log, torch.ones_like(log), partial, total_rows).view(total_rows, heads, dim)
+    attended, total = _merged_pages(batch, log, torch.ones_like(log), partial, total_rows)
+    return attended.view(total_rows, heads, dim), total.view(total_rows, heads)
 
 
 def merge_pages(batch: PageBatch, highest: Tensor, sums: Tensor, partial: Tensor, rows: int) -> Tensor:
@@ -174,6 +216,11 @@ def merge_pages(batch: PageBatch, highest: Tensor, sums: Tensor, partial: Tensor
     highest, sums [N, KV, G] of a page's scores and weights (or the logarithm of its sum, and 1, where partial is
     divided already), partial [N, KV, G, D], all overwritten -> [rows, KV, G, D].
     """
+    return _merged_pages(batch, highest, sums, partial, rows)[0]
+
+
+def _merged_pages(batch: PageBatch, highest: Tensor, sums: Tensor, partial: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """The same with the logarithms of the rows' sums, [rows, KV, G]."""
     _, kv_heads, group, dim = partial.shape
     padded = torch.cat([highest, highest.new_full((1, kv_heads, group), -torch.inf)])
     row_highest = torch.cat([padded[batch.table].amax(1), padded.new_zeros(1, kv_heads, group)])
@@ -181,7 +228,7 @@ def merge_pages(batch: PageBatch, highest: Tensor, sums: Tensor, partial: Tensor
     total = partial.new_zeros(rows + 1, kv_heads, group).index_add_(0, batch.owner, sums.mul_(factor))
     attended = partial.new_zeros(rows + 1, kv_heads, group, dim)
     attended.index_add_(0, batch.owner, partial.mul_(factor.unsqueeze(-1)))
-    return attended[:rows].div_(total[:rows].unsqueeze(-1))
+    return attended[:rows].div_(total[:rows].unsqueeze(-1)), row_highest[:rows] + total[:rows].log()
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
@@ -204,7 +251,7 @@ def _page_batch(singles: Sequence[Span], size: int, window: int | None, dtype: t
     for row, span in enumerate(singles):
         stop = span.start + 1
         lowest = 0 if window is None else max(0, stop - window)
-        for place in range(lowest // size, -(-stop // size)):
+        for place in range(max(lowest // size, span.skip), -(-stop // size)):
             base = place * size
             owned.append((span.pages[place], row, max(0, lowest - base), min(size, stop - base)))
     owned.sort()

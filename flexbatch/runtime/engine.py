@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -47,6 +47,7 @@ from flexbatch.runtime.trace import Trace
 from flexbatch.runtime.weight_store import Progress, WeightStore, unit_sizes, units_of
 from flexbatch.scheduler.lowering import Routes
 from flexbatch.scheduler.pages import PageAllocator
+from flexbatch.scheduler.prefix_cache import PrefixCache, PrefixCounts
 from flexbatch.scheduler.scheduler import Scheduler
 from flexbatch.scheduler.sequence import Sequence
 from flexbatch.scheduler.steps import Step
@@ -60,15 +61,24 @@ _KEPT = 256 * MIB  # freed memory that a process may keep for its next product
 
 @dataclass(slots=True)
 class RunProgress:
-    """How far a run is; token counts are those computed so far, of finished and running rows."""
+    """How far a run is; token counts are those of finished and running rows.
+
+    ``computed_tokens`` of prompts are computed; others are shared with rows that have computed them.
+    """
 
     rows_done: int = 0
     rows_failed: int = 0
-    prompt_tokens: int = 0
+    computed_tokens: int = 0
     completion_tokens: int = 0
     linear_flops: int = 0
     attention_flops: int = 0
     preemptions: int = 0
+    prefixes: PrefixCounts = field(default_factory=PrefixCounts)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of prompts, computed or shared."""
+        return self.computed_tokens + self.prefixes.tokens
 
 
 class Engine:
@@ -158,6 +168,7 @@ class Engine:
         self._progress = RunProgress()
         self._load_s = time.perf_counter() - started
         self._sweep_s: list[float] = []
+        self._order_s = 0.0
 
     def __enter__(self) -> Self:
         return self
@@ -178,7 +189,8 @@ class Engine:
 
         Rows that cannot fit the KV cache alone, or whose adapter cannot be used, are error rows.
         """
-        for result in self._run(requests, Workload.of(requests)):
+        workload = Workload.of(requests, share_prefixes=self._options.share_prefixes)
+        for result in self._run(requests, workload):
             self._adapters.count(result)
             yield result
 
@@ -186,7 +198,11 @@ class Engine:
         self._replan(workload)
         pages = {tier: PageAllocator(count) for tier, count in self.plan.kv_pages.items()}
         adapters = self._adapters.begin(workload.adapters, pages) if workload.adapters else None
-        scheduler = Scheduler(self.plan, pages, adapters=adapters.cache if adapters is not None else None)
+        prefixes = None
+        if self._options.share_prefixes:
+            prefixes = PrefixCache(pages, self.plan.page_tokens, self._progress.prefixes)
+        cache = adapters.cache if adapters is not None else None
+        scheduler = Scheduler(self.plan, pages, adapters=cache, prefixes=prefixes)
         yield from self._queue(scheduler, requests, adapters)
         runner, store = self._runner(adapters)
         try:
@@ -220,7 +236,7 @@ class Engine:
             finished = [
                 piece.sequence
                 for piece, readout in read
-                if piece.sequence.finish_reason is None and self._advance(piece, readout, streams)
+                if piece.sequence.finish_reason is None and self._advance(scheduler, piece, readout, streams)
             ]
             for sequence in finished:
                 scheduler.retire(sequence)
@@ -244,11 +260,17 @@ class Engine:
         spilled = (0, 0) if self._spill is None else (self._spill.bytes_read, self._spill.bytes_written)
         rate = product_rate(getattr(torch, self.plan.dtype))
         flops = done.linear_flops + done.attention_flops
-        generate_s = sum(self._sweep_s)
+        generate_s = self._order_s + sum(self._sweep_s)
         return {
             "prompt_tokens": done.prompt_tokens,
             "completion_tokens": done.completion_tokens,
             "preemptions": done.preemptions,
+            "shared_prompt_tokens": done.prefixes.tokens,
+            "prefixes": {
+                "pages_shared": done.prefixes.pages,
+                "peak_pages_saved": done.prefixes.peak,
+                "evictions": done.prefixes.evictions,
+            },
             "load_s": self._load_s,
             "generate_s": generate_s,
             "sweeps": len(self._sweep_s),
@@ -377,6 +399,7 @@ class Engine:
         waiting = [Sequence.of(request, self._shape.max_positions) for request in requests]
         # Longest first: whoever starts last should end soon, or the last sweeps carry a few rows only.
         waiting.sort(key=lambda sequence: sequence.prompt_len - sequence.limit)
+        accepted: list[Sequence] = []
         for sequence in waiting:
             refused = self._adapters.refusal(sequence.adapter, adapters)
             if refused is not None:
@@ -396,7 +419,10 @@ class Engine:
                     ),
                 )
             else:
-                scheduler.add([sequence])
+                accepted.append(sequence)
+        started = time.perf_counter()
+        scheduler.add(accepted)
+        self._order_s += time.perf_counter() - started
 
     def _count(self, sweep: Sweep, read: SequenceOf[tuple[Slice, Readout]]) -> None:
         rows = 0
@@ -404,17 +430,16 @@ class Engine:
         for piece, readout in read:
             rows += (readout.token is not None) + len(readout.prompt_values)
             pairs += piece.count * piece.start + piece.count * (piece.count + 1) // 2
-            self._progress.prompt_tokens += max(0, min(piece.stop, piece.sequence.prompt_len) - piece.start)
+            self._progress.computed_tokens += max(0, min(piece.stop, piece.sequence.prompt_len) - piece.start)
             self._progress.completion_tokens += readout.token is not None
         self._progress.linear_flops += self._size.linear_flops(sweep.tokens, rows)
         self._progress.attention_flops += self._size.attention_flops(pairs)
 
-    def _advance(self, piece: Slice, readout: Readout, streams: dict[int, TextStream]) -> bool:
+    def _advance(self, scheduler: Scheduler, piece: Slice, readout: Readout, streams: dict[int, TextStream]) -> bool:
         """Give a sequence what was read off for it; True if that finishes it."""
         sequence = piece.sequence
-        sequence.prompt_logprobs.values += readout.prompt_values
-        sequence.prompt_logprobs.top += readout.prompt_top
-        sequence.scored = max(sequence.scored, piece.score_to + 1 if readout.prompt_values else 0)
+        if readout.prompt_values:
+            scheduler.scored(piece, readout.prompt_values, readout.prompt_top, readout.prompt_branches)
         if readout.token is None:
             # A prompt cut over several micro-batches is scored when its last slice is.
             if not sequence.wants_tokens and sequence.pending == 0 and piece.stop == sequence.computed:

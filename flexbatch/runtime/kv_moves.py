@@ -1,6 +1,7 @@
 """Brings KV pages to where they are attended to and back, and says where that is. Knows no attention.
 
-Pages of a micro-batch that have to travel stand side by side in a lane, in the order of its slices.
+Pages of a micro-batch that have to travel stand side by side in a lane, in the order of its slices; one that several
+of them share is there once.
 """
 
 from __future__ import annotations
@@ -39,14 +40,21 @@ class KVMoves:
             return None
         staging = Staging()
         size = self._memory.shape.page_tokens
+        shared: dict[int, int] = {}  # page -> its place, for those that several slices may hold
         for piece in batch.slices:
-            first = len(staging.pages)
             count = -(-piece.stop // size)
+            table = []
             for place, page in enumerate(piece.sequence.pages.pages[:count]):
-                staging.pages.append(
-                    StagedPage(page, filled=place * size < piece.start, dirty=place >= piece.start // size)
-                )
-            staging.tables.append(list(range(first, first + count)))
+                found = shared.get(page) if place < piece.sequence.shared else None
+                if found is None:
+                    found = len(staging.pages)
+                    staging.pages.append(
+                        StagedPage(page, filled=place * size < piece.start, dirty=place >= piece.start // size)
+                    )
+                    if place < piece.sequence.shared:
+                        shared[page] = found
+                table.append(found)
+            staging.tables.append(table)
         return staging
 
     def layer(self, step: Step, batch: MicroBatch, staging: Staging | None) -> Tensor:

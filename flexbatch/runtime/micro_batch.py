@@ -92,10 +92,12 @@ def start(
     hidden_offset: int,
     staging: Staging | None,
     attends: torch.device,
+    cascade: bool = False,
 ) -> MicroBatchState:
     """Build the index tensors of ``batch``; ``windows`` are the different attention windows of the layers.
 
-    They are on the CPU until ``to``. ``attends`` is where its attention is computed.
+    They are on the CPU until ``to``. ``attends`` is where its attention is computed. ``cascade``: pages that several
+    rows share may be attended to by all of them together.
     """
     spans: list[Span] = []
     ids: list[int] = []
@@ -104,7 +106,7 @@ def start(
     row = 0
     for place, piece in enumerate(batch.slices):
         pages = piece.sequence.pages.pages if staging is None else staging.tables[place]
-        spans.append(Span(row, piece.count, piece.start, pages))
+        spans.append(Span(row, piece.count, piece.start, pages, piece.sequence.shared if cascade else 0))
         ids += piece.sequence.tokens[piece.start : piece.stop]
         positions += range(piece.start, piece.stop)
         if piece.count == 1:
@@ -135,10 +137,14 @@ def start(
 
 @dataclass(slots=True)
 class Readout:
-    """What the head read off one slice: the next token, and log-probabilities where they are wanted."""
+    """What the head read off one slice: the next token, and log-probabilities where they are wanted.
+
+    ``prompt_branches``: by position, those of tokens that follow there in other prompts.
+    """
 
     token: int | None = None
     logprob: float | None = None
     top: dict[int, float] = field(default_factory=dict)
     prompt_values: list[float] = field(default_factory=list)
     prompt_top: list[dict[int, float]] = field(default_factory=list)
+    prompt_branches: dict[int, dict[int, float]] = field(default_factory=dict)

@@ -12,16 +12,21 @@ from torch import Tensor
 from flexbatch.kernels.sampling import choose, token_logprobs
 from flexbatch.runtime.micro_batch import MicroBatchState, Readout
 from flexbatch.scheduler.randomness import uniform
+from flexbatch.scheduler.sequence import Sequence
 from flexbatch.scheduler.sweep import Slice
 
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """One row of logits: of which slice, and the prompt token it scores (None: it chooses the next token)."""
+    """One row of logits: of which slice, and the prompt token it scores (None: it chooses the next token).
+
+    ``branch``: the position, where it also scores tokens that follow in other prompts.
+    """
 
     row: int
     slice_index: int
     target: int | None
+    branch: int | None = None
 
 
 def read(state: MicroBatchState, head: Callable[[Tensor, SequenceOf[int]], Tensor], logit_rows: int) -> list[Readout]:
@@ -47,7 +52,12 @@ def _wanted_rows(slices: tuple[Slice, ...]) -> list[_Wanted]:
     for index, piece in enumerate(slices):
         tokens = piece.sequence.tokens
         wanted += [
-            _Wanted(base + position - piece.start, index, tokens[position + 1])
+            _Wanted(
+                base + position - piece.start,
+                index,
+                tokens[position + 1],
+                position if position in piece.sequence.branches else None,
+            )
             for position in range(piece.score_from, piece.score_to)
         ]
         if piece.samples:
@@ -69,7 +79,7 @@ def _choose(slices: tuple[Slice, ...], rows: list[_Wanted], logits: Tensor, read
         subset = logits if len(sampled) == len(rows) else logits[sampled]
         tokens[sampled] = choose(subset, params, draws).cpu()
 
-    counts = [slices[row.slice_index].sequence.source.request.params.logprobs for row in rows]
+    counts = [_count(slices[row.slice_index].sequence, row) for row in rows]
     measured = [place for place, count in enumerate(counts) if count is not None]
     values: dict[int, tuple[float, dict[int, float]]] = {}
     if measured:
@@ -88,3 +98,12 @@ def _choose(slices: tuple[Slice, ...], rows: list[_Wanted], logits: Tensor, read
         elif logprob is not None:
             readout.prompt_values.append(logprob)
             readout.prompt_top.append(top)
+        if row.branch is not None:
+            follow = slices[row.slice_index].sequence.branches[row.branch]
+            logprobs = logits[place : place + 1].log_softmax(dim=-1)[0, list(follow)]
+            readout.prompt_branches[row.branch] = dict(zip(follow, logprobs.tolist(), strict=True))
+
+
+def _count(sequence: Sequence, row: _Wanted) -> int | None:
+    """How many of the most likely tokens are wanted; None: no log-probability at all."""
+    return sequence.source.request.params.logprobs if row.target is None else sequence.prompt_top

@@ -128,6 +128,7 @@ class SweepRunner:
                 hidden_offset=offset,
                 staging=self._kv.stage(batch),
                 attends=self._device.torch_device if self._routes.attends_on(batch) == "gpu" else _HOST,
+                cascade=self._plan.kv_bits == 16,
             )
             if self._adapters is not None:
                 state.adapters = self._adapters.bind(batch)

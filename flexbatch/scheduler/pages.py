@@ -6,6 +6,7 @@ possible, because attention reads a run of pages without copying it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from flexbatch.errors import InternalError
@@ -15,10 +16,14 @@ _FREE, _RESERVED, _USED = 0, 1, 2
 
 @dataclass(slots=True)
 class PageTable:
-    """The pages of one sequence, in order, and the run kept free behind them for its growth."""
+    """The pages of one sequence, in order, and the run kept free behind them for its growth.
+
+    ``borrowed``: how many of the first ones were others' when they were taken.
+    """
 
     pages: list[int] = field(default_factory=list)
     reserved_end: int = 0
+    borrowed: int = 0
 
 
 class PageAllocator:
@@ -60,19 +65,22 @@ class PageAllocator:
             return True
         if missing > self.available:
             return False
-        if not table.pages:
-            self._reserve(table, max(expected, pages))
+        if len(table.pages) == table.borrowed:
+            self._reserve(table, max(expected, pages) - table.borrowed)
         while len(table.pages) < pages:
             self._take(table)
         return True
 
-    def share(self, table: PageTable, pages: list[int]) -> None:
-        """Append ``pages``, which somebody else holds, to ``table``: one holder more each."""
+    def share(self, table: PageTable, pages: Sequence[int]) -> None:
+        """Append ``pages``, which somebody else holds, to ``table``, before any of its own: one holder more each."""
         for page in pages:
             if self._state[page] != _USED:
                 raise InternalError(f"page {page} is shared but not in use")
             self._holders[page] += 1
             table.pages.append(page)
+        table.borrowed += len(pages)
+        if table.borrowed != len(table.pages):
+            raise InternalError("pages of others come behind some of its own")
 
     def release(self, table: PageTable) -> None:
         """Give back every page of ``table`` and its reservation."""
@@ -83,12 +91,13 @@ class PageAllocator:
             if self._holders[page] == 0:
                 self._state[page] = _FREE
                 self._used -= 1
-        if table.pages:
+        if table.reserved_end:
             for page in range(table.pages[-1] + 1, table.reserved_end):
                 if self._state[page] == _RESERVED:
                     self._state[page] = _FREE
         table.pages.clear()
         table.reserved_end = 0
+        table.borrowed = 0
 
     def check_idle(self) -> None:
         """Raise InternalError if any page is still held or reserved: the ledger of a run that is over."""
@@ -104,7 +113,7 @@ class PageAllocator:
         table.reserved_end = start + count
 
     def _take(self, table: PageTable) -> None:
-        if table.pages:
+        if len(table.pages) > table.borrowed:
             following = table.pages[-1] + 1
             if following < table.reserved_end and self._state[following] == _RESERVED:
                 self._place(table, following)

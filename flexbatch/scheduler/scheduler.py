@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from flexbatch.errors import InternalError
 from flexbatch.scheduler.adapters import AdapterCache
 from flexbatch.scheduler.pages import PageAllocator
+from flexbatch.scheduler.prefix_cache import PrefixCache
 from flexbatch.scheduler.sequence import Sequence
 from flexbatch.scheduler.spread import Spread
 from flexbatch.scheduler.sweep import (
@@ -44,6 +45,8 @@ class Scheduler:
 
     ``adapters`` keeps the adapters of running sequences at hand, where there are any; on a GPU in pages of the same
     pool. Rows whose adapter is at hand may pass a few whose adapter would push another one out.
+
+    ``prefixes``: what prompts share, computed once; not in a fixed block, which stays FlexGen's.
     """
 
     def __init__(
@@ -53,10 +56,12 @@ class Scheduler:
         *,
         expected_fraction: float = 1.0,
         adapters: AdapterCache | None = None,
+        prefixes: PrefixCache | None = None,
     ) -> None:
         self._plan = plan
         self._pages = pages
         self._adapters = adapters
+        self._prefixes = prefixes if plan.schedule == "continuous" else None
         self._passed = 0
         self._hidden = Spread(plan.hidden)
         self._waiting: deque[Sequence] = deque()
@@ -72,11 +77,15 @@ class Scheduler:
         return len(self._running)
 
     def add(self, sequences: Iterable[Sequence]) -> None:
-        """Queue sequences, first come, first served. Each must fit the pool alone (see ``fits``)."""
-        for sequence in sequences:
+        """Queue sequences, first come, first served. Each must fit the pool alone (see ``fits``).
+
+        Where prefixes are shared, all of a run come at once, and in the order that makes most of it.
+        """
+        queued = list(sequences)
+        for sequence in queued:
             if not self.fits(sequence):
                 raise InternalError(f"row {sequence.source.request.id} can never fit the KV pool")
-            self._waiting.append(sequence)
+        self._waiting.extend(queued if self._prefixes is None else self._prefixes.begin(queued))
 
     def fits(self, sequence: Sequence) -> bool:
         """Whether some tier's whole pool could hold the sequence at its longest, and its adapter."""
@@ -89,7 +98,7 @@ class Scheduler:
         """What to compute next, or None when nothing is left. Pages for it are allocated."""
         slices = self._block_slices() if self._plan.schedule == "block" else self._continuous_slices()
         if not slices:
-            if self._running or self._waiting:
+            if self._running or self._waiting or self._parked:
                 raise InternalError(f"{len(self._running)} sequences run and none can go on")
             return None
         self._sweeps += 1
@@ -103,7 +112,7 @@ class Scheduler:
     @property
     def continues(self) -> bool:
         """Whether, as far as lengths tell, another sweep follows the one just given out."""
-        return bool(self._waiting) or any(
+        return bool(self._waiting or self._parked) or any(
             sequence.pending > 1 or len(sequence.tokens) + 1 < sequence.limit for sequence in self._running
         )
 
@@ -111,14 +120,35 @@ class Scheduler:
         """Note that the KV of the sweep's tokens is stored."""
         for piece in sweep.slices:
             piece.sequence.computed = piece.stop
+            if self._prefixes is not None:
+                self._resume(self._prefixes.computed(piece.sequence))
         if self._adapters is not None:
             self._adapters.computed()
+
+    def scored(
+        self,
+        piece: Slice,
+        values: list[float],
+        top: list[dict[int, float]],
+        branches: Mapping[int, Mapping[int, float]],
+    ) -> None:
+        """Give a slice's sequence, and those who share them, the log-probabilities behind positions ``score_from ..``.
+
+        ``branches``: by position, those of tokens that follow there in other prompts.
+        """
+        piece.sequence.note_scores(piece.score_from, values, top)
+        if self._prefixes is not None:
+            self._prefixes.record(piece, values, top, branches)
 
     def drop(self, adapter: str) -> list[Sequence]:
         """Take out all sequences of an adapter that cannot be read, and return them."""
         running = [sequence for sequence in self._running if sequence.adapter == adapter]
         for sequence in running:
             self._leave(sequence)
+        if self._prefixes is not None:
+            for sequence in self._waiting:
+                if sequence.adapter == adapter:
+                    self._prefixes.forget(sequence)
         waiting = [sequence for sequence in self._waiting if sequence.adapter == adapter]
         self._waiting = deque(sequence for sequence in self._waiting if sequence.adapter != adapter)
         if self._adapters is not None:
@@ -157,12 +187,11 @@ class Scheduler:
         for sequence in list(self._running):
             if budget > 0 and sequence in self._running and not sequence.is_decoding:
                 budget -= self._prefill(sequence, budget, slices)
-        while budget > 0 and self._waiting and len(self._running) < self._plan.max_sequences:
-            place = self._next_place()
-            home = self._home_for(self._waiting[place])
-            if home is None or not self._acquire(self._waiting[place]):
+        while budget > 0 and len(self._running) < self._plan.max_sequences:
+            found = self._next_admission()
+            if found is None:
                 break
-            computing = self._prefill(self._admit(home, place), budget, slices)
+            computing = self._prefill(self._admit(*found), budget, slices)
             if computing == 0:
                 break
             budget -= computing
@@ -212,6 +241,8 @@ class Scheduler:
         while not self._pages[sequence.tier].grow(sequence.pages, needed, expected):
             if sequence.tier == "gpu" and self._adapters is not None and self._adapters.reclaim():
                 continue
+            if self._prefixes is not None and self._prefixes.evict(sequence.tier):
+                continue
             at_home = [other for other in self._running if other.tier == sequence.tier]
             youngest = max(at_home, key=lambda other: other.age)
             if spare is not None and (youngest is sequence or youngest.age in spare):
@@ -221,14 +252,20 @@ class Scheduler:
                 return False
         return True
 
-    def _leave(self, sequence: Sequence) -> None:
+    def _leave(self, sequence: Sequence, *, again: bool = False) -> None:
         self._running.remove(sequence)
+        if self._prefixes is not None:
+            self._resume(self._prefixes.leave(sequence, again=again))
         self._pages[sequence.tier].release(sequence.pages)
         if self._adapters is not None and sequence.adapter is not None:
             self._adapters.release(sequence.adapter)
 
+    def _resume(self, sequences: list[Sequence]) -> None:
+        """Rows that were held back for the sake of a prefix are next."""
+        self._waiting.extendleft(sorted(sequences, key=lambda sequence: sequence.turn, reverse=True))
+
     def _preempt(self, sequence: Sequence) -> None:
-        self._leave(sequence)
+        self._leave(sequence, again=True)
         sequence.computed = 0
         sequence.age = -1
         sequence.preemptions += 1
@@ -236,6 +273,28 @@ class Scheduler:
         self._waiting.appendleft(sequence)
 
     # --- admission ---------------------------------------------------------------------------------------------
+
+    @property
+    def _parked(self) -> int:
+        """Rows held back until another has computed what they share."""
+        return 0 if self._prefixes is None else self._prefixes.parked
+
+    def _next_admission(self) -> tuple[str, int] | None:
+        """The next row to admit: its home and its place among those waiting; None: none for now."""
+        while self._waiting:
+            place = self._next_place()
+            candidate = self._waiting[place]
+            if self._prefixes is not None and self._prefixes.park(candidate, self._pages):
+                del self._waiting[place]
+                continue
+            home = self._home_for(candidate)
+            if home is None:
+                return None
+            if self._prefixes is not None and self._prefixes.park(candidate, (home,)):
+                del self._waiting[place]
+                continue
+            return (home, place) if self._acquire(candidate) else None
+        return None
 
     def _next_place(self) -> int:
         """The place of the waiting row to admit next: the first, unless its adapter would push another one out.
@@ -260,15 +319,20 @@ class Scheduler:
         sequence.age = self._admitted
         self._admitted += 1
         self._running.append(sequence)
+        if self._prefixes is not None:
+            self._prefixes.attach(sequence)
         return sequence
 
     def _home_for(self, candidate: Sequence) -> str | None:
         """The least filled tier that has room for the candidate until it ends, or None."""
         tokens = dict.fromkeys(self._pages, 0)
         for sequence in self._running:
-            tokens[sequence.tier] += self._expected_tokens(sequence)
+            tokens[sequence.tier] += self._expected_tokens(sequence) - sequence.shared * self._plan.page_tokens
         tiers = [tier for tier, pool in self._pages.items() if pool.capacity]
         tiers.sort(key=lambda tier: tokens[tier] / self._pages[tier].capacity)
+        if self._prefixes is not None and len(tiers) > 1:
+            best = self._prefixes.home(candidate)
+            tiers.sort(key=lambda tier: tier != best)
         return next((tier for tier in tiers if self._may_admit(candidate, tier)), None)
 
     def _may_admit(self, candidate: Sequence, tier: str) -> bool:
@@ -282,12 +346,20 @@ class Scheduler:
         capacity = self._pages[tier].capacity - self._adapter_pages(tier, candidate)
         if not at_home and capacity == self._room_alone(tier, candidate):
             return fits_alone
-        at_most = sum(self._pages_for(self._expected_tokens(sequence)) for sequence in (*at_home, candidate))
+        shares = [sequence.shared for sequence in at_home]
+        if self._prefixes is not None:
+            capacity -= self._prefixes.pinned_pages(tier) + self._prefixes.idle_pages(candidate, tier)
+        shares.append(self._prefixes.covered(candidate, tier) if self._prefixes is not None else 0)
+        rows = list(zip((*at_home, candidate), shares, strict=True))
+        at_most = sum(self._pages_for(self._expected_tokens(sequence)) - shared for sequence, shared in rows)
         if at_most <= capacity:
             return fits_alone
         ends = sorted(
-            (self._expected_tokens(sequence) - len(sequence.tokens), len(sequence.tokens))
-            for sequence in (*at_home, candidate)
+            (
+                self._expected_tokens(sequence) - len(sequence.tokens),
+                len(sequence.tokens) - shared * self._plan.page_tokens,
+            )
+            for sequence, shared in rows
         )
         length = sum(tokens for _, tokens in ends)
         alive = len(ends)

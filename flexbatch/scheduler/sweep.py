@@ -75,12 +75,18 @@ class Sweep:
 
 
 def cut(sequence: Sequence, count: int) -> Slice:
-    """The next ``count`` uncomputed tokens of ``sequence``."""
+    """The next ``count`` uncomputed tokens of ``sequence``.
+
+    Its own scores and those it finds for others with the same prefix begin anywhere; where one does, both go on.
+    """
     start = sequence.computed
     stop = start + count
     last = stop == len(sequence.tokens)
-    wanted = range(max(start, sequence.scored - 1), min(stop, sequence.prompt_len - 1))
-    scoring = sequence.scores_prompt and len(wanted) > 0
+    own = range(max(start, sequence.scored - 1), min(stop, sequence.prompt_len - 1) if sequence.scores_prompt else 0)
+    others = range(max(start, sequence.records.start), min(stop, sequence.records.stop))
+    parts = [part for part in (own, others) if part]
+    scoring = bool(parts)
+    wanted = range(min(part.start for part in parts), max(part.stop for part in parts)) if parts else range(0)
     return Slice(
         sequence=sequence,
         start=start,
@@ -125,27 +131,34 @@ def part_by_attention(slices: SequenceOf[Slice], tier: str, gpu_share: float | N
 def pack_by_tokens(slices: SequenceOf[Slice], tokens: int, pages: int, page_tokens: int) -> list[tuple[Slice, ...]]:
     """Fill micro-batches of at most ``tokens`` tokens whose contexts take at most ``pages`` pages, in order.
 
+    A page that slices share counts once.
+
     Only a slice longer than a whole micro-batch is split: the attention of a prompt that begins in the middle costs
     more than an emptier micro-batch. One slice may exceed ``pages`` alone: whoever sets it sees to that.
     """
     batches: list[tuple[Slice, ...]] = []
     current: list[Slice] = []
     room, pages_left = tokens, pages
+    brought: set[int] = set()
     for piece in slices:
         rest = piece
-        needed = -(-piece.stop // page_tokens)
+        shared = piece.sequence.pages.pages[: piece.sequence.shared]
+        needed = -(-piece.stop // page_tokens) - sum(page in brought for page in shared)
         if current and (needed > pages_left or room < rest.count <= tokens):
             batches.append(tuple(current))
-            current, room, pages_left = [], tokens, pages
+            current, room, pages_left, brought = [], tokens, pages, set()
+            needed = -(-piece.stop // page_tokens)
         while rest.count > room:
             if room > 0:
                 first, rest = split(rest, room)
                 current.append(first)
             batches.append(tuple(current))
-            current, room, pages_left = [], tokens, pages
+            current, room, pages_left, brought = [], tokens, pages, set()
+            needed = -(-piece.stop // page_tokens)
         current.append(rest)
         room -= rest.count
         pages_left -= needed
+        brought.update(shared)
     if current:
         batches.append(tuple(current))
     return batches
