@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,12 +44,9 @@ def run_finetune(command: FinetuneCommand, backend: Backend, words: Sequence[str
             try:
                 return _finetune(command, backend, console, job, stop)
             except Interrupted as interrupted:
-                kept = None
-                with suppress(FlexbatchError):  # the checkpoint before is there still
-                    kept = job.save()
                 begun = job.begun
                 said = (
-                    f"; {job.record.steps} of {job.course.steps} steps are kept in {kept}" if kept is not None else ""
+                    "" if job.kept is None else f"; {job.kept_steps} of {job.course.steps} steps are kept in {job.kept}"
                 )
                 again = shlex.join(word for word in words if word != "--overwrite" or not begun)
                 print_error(f"flexbatch: interrupted{said}; continue with:\n  {again}")
@@ -106,7 +103,11 @@ def _finetune(command: FinetuneCommand, backend: Backend, console: Console, job:
     )
     with closing(LoadMeter(console)) as loading, TrainMeter(console) as meter:
         job.run(
-            backend.parameters, lambda task, made, sizes: backend.trainer(task, made, sizes, loading), meter, stop.held
+            backend.parameters,
+            lambda task, made, sizes: backend.trainer(task, made, sizes, loading),
+            meter,
+            stop.held,
+            keep_on=(Interrupted,),
         )
     rate = job.stats()["tokens_per_s"]
     speed = f"{job.record.tokens} tokens in {format_duration(job.record.seconds)}, {rate:.1f} tokens/s"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from flexbatch.checkpoint.hub import SHORT_NAMES
 from flexbatch.checkpoint.locate import ModelFolder
 from flexbatch.checkpoint.reader import open_checkpoint
-from flexbatch.errors import AdapterError, InputError, UsageError
+from flexbatch.errors import AdapterError, FlexbatchError, InputError, UsageError
 from flexbatch.finetune.checkpoints import Checkpoint, Checkpoints, Record
 from flexbatch.finetune.examples import Example, ExampleEncoder, Examples, require_window
 from flexbatch.finetune.optimizer import NamedTensors, make_optimizer
@@ -134,8 +134,12 @@ class FinetuneJob:
         trainer: MakeTrainer,
         observe: Observer,
         held: Held = nullcontext,
+        keep_on: tuple[type[BaseException], ...] = (),
     ) -> None:
-        """Train, and write the output. Raises DivergedError, DoesNotFitError and what the trainer raises."""
+        """Train, and write the output; ``keep_on`` are the exceptions that steps are kept for when they end it.
+
+        Raises DivergedError, DoesNotFitError, what the trainer raises, and what ``observe`` and signals do.
+        """
         task = self.task
         tensors = parameters(task)
         settings = self._settings(tensors)
@@ -162,13 +166,19 @@ class FinetuneJob:
                     remove_output(task.output)
                 self._training = training
                 self.begun = True
-                training.run(made, observe, held)
+                try:
+                    training.run(made, observe, held)
+                except keep_on:
+                    with suppress(FlexbatchError):  # the checkpoint before is there still
+                        training.save()
+                    raise
         with held():
             self._finish(tensors, settings)
 
-    def save(self) -> Path | None:
-        """Keep the finished steps of a training that was broken off; return where, or None if there are none."""
-        return None if self._training is None else self._training.save()
+    @property
+    def kept_steps(self) -> int:
+        """Steps in that checkpoint."""
+        return 0 if self._training is None else self._training.kept_steps
 
     @property
     def kept(self) -> Path | None:

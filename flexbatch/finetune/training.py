@@ -64,7 +64,7 @@ Observer = Callable[[Progress], None]
 
 
 class Training:
-    """One adapter between its first step and its last; ``record`` says what has happened.
+    """One adapter between its first step and its last; ``record`` says what has happened, ``kept_steps`` how much of it is kept.
 
     ``run`` may be left by any exception: ``save`` then keeps the steps that were finished.
     """
@@ -81,6 +81,7 @@ class Training:
         settings: AdapterSettings,
     ) -> None:
         self.record = Record()
+        self.kept_steps = 0
         self._options = options
         self._course = course
         self._examples = examples
@@ -90,13 +91,12 @@ class Training:
         self._identity = identity
         self._settings = settings
         self._rate = LearningRate(options.learning_rate, course.steps, options.warmup_steps, options.lr_schedule)
-        self._saved = 0
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint. Raises InputError where it is damaged."""
         restore(checkpoint, self._parameters, self._optimizer)
         self.record = checkpoint.record
-        self._saved = self.record.steps
+        self.kept_steps = self.record.steps
 
     @property
     def examples_done(self) -> int:
@@ -142,15 +142,15 @@ class Training:
         """Keep the steps that are finished; return where, or None if there are none."""
         if self.record.steps == 0:
             return None
-        if self._saved != self.record.steps:
+        if self.kept_steps != self.record.steps:
             self._checkpoints.save(self._identity, self.record, self._settings, self._parameters, self._optimizer)
-            self._saved = self.record.steps
+            self.kept_steps = self.record.steps
         return self._checkpoints.place(self.record.steps)
 
     @property
     def kept(self) -> Path | None:
         """Where the last steps are that were kept, if any were."""
-        return self._checkpoints.place(self._saved) if self._saved else None
+        return self._checkpoints.place(self.kept_steps) if self.kept_steps else None
 
     def _tokens(self, step: int) -> int:
         return sum(self._examples.length(row) for rows in self._course.batches(step) for row in rows)

@@ -78,7 +78,7 @@ class Adapters:
         """Add an adapter under a name, in the place of one of that name; between runs only."""
         self._folders[name] = folder
         for known in (self._opened, self._failed, self._sizes):
-            known.pop(name, None)  # type: ignore[attr-defined]
+            known.pop(name, None)
         self._kept = None
 
     # --- memory --------------------------------------------------------------------------------------------------

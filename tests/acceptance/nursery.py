@@ -1,6 +1,7 @@
 """Starts ``flexbatch`` again and again without importing its libraries again: reads arguments, forks, says who runs.
 
-One line of JSON in (the arguments), two lines out: the child's process id, then its exit status. A child is a process
+One line of JSON in (the arguments), the child's process id out; one more line in, then its exit status out: so the id
+stands for the child until whoever asked is done with it. A child is a process
 of its own in every respect that matters to a test that kills it.
 """
 
@@ -19,10 +20,11 @@ from flexbatch.cli.main import main
 
 if __name__ == "__main__":
     print("ready", flush=True)
-    for line in sys.stdin:
+    for line in iter(sys.stdin.readline, ""):
         child = os.fork()
         if child == 0:
             os._exit(main(json.loads(line)))
         print(child, flush=True)
+        sys.stdin.readline()
         _, status = os.waitpid(child, 0)
         print(os.waitstatus_to_exitcode(status), flush=True)

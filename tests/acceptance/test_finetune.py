@@ -51,7 +51,9 @@ class Nursery:
         child = int(self._answer())
         if kill_after is not None:
             time.sleep(kill_after)
-            os.kill(child, signal.SIGKILL)  # it is not waited for before the next line is read: it cannot be another's
+            os.kill(child, signal.SIGKILL)  # not waited for yet, so its id cannot be another's
+        self._process.stdin.write("wait\n")
+        self._process.stdin.flush()
         return int(self._answer())
 
     def close(self) -> None:

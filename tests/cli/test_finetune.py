@@ -17,7 +17,7 @@ from flexbatch.finetune import plot
 from tests.cli.conftest import Job
 
 ROWS: list[dict[str, Any]] = [{"text": text} for text in ("abcd", "efg", "hi", "jklmnop", "q", "rs", "tuvw")]
-SGD = ("--optimizer", "sgd", "--learning-rate", "0.01", "--lr-schedule", "constant", "--clip", "0")
+SGD = ("--optimizer", "sgd", "--learning-rate", "0.001", "--lr-schedule", "constant", "--clip", "0")
 
 
 class Tune:

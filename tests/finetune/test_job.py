@@ -81,7 +81,14 @@ def oracle_losses(model: Any, rows: list[dict[str, Any]], options: dict[str, Any
 def test_fifty_steps_follow_peft_and_torch(tmp_path: Path) -> None:
     path = tiny_checkpoint(tmp_path / "model", "llama")
     rows = rows_for(149, 22)
-    options = {"rank": 4, "alpha": 8, "learning_rate": 5e-3, "max_steps": 50, "warmup_steps": 5, "weight_decay": 0.01}
+    options: dict[str, Any] = {
+        "rank": 4,
+        "alpha": 8,
+        "learning_rate": 5e-3,
+        "max_steps": 50,
+        "warmup_steps": 5,
+        "weight_decay": 0.01,
+    }
     with LLM(path) as llm:
         trained = llm.finetune(
             rows, tmp_path / "out", batch_size=3, grad_accumulation=2, seed=3, save_every=20, **options
