@@ -64,9 +64,10 @@ Observer = Callable[[Progress], None]
 
 
 class Training:
-    """One adapter between its first step and its last; ``record`` says what has happened, ``kept_steps`` how much of it is kept.
+    """One adapter between its first step and its last.
 
-    ``run`` may be left by any exception: ``save`` then keeps the steps that were finished.
+    ``record`` says what has happened, ``kept_steps`` how much of it is kept. ``run`` may be left by any exception:
+    ``save`` then keeps the steps that were finished.
     """
 
     def __init__(
