@@ -13,6 +13,11 @@ from typing import Any, Literal, Self
 
 from flexbatch.checkpoint.locate import locate
 from flexbatch.errors import InputError, UsageError
+from flexbatch.finetune.job import FinetuneTask, weights_fingerprint
+from flexbatch.finetune.options import FinetuneOptions, LrSchedule, OptimizerName, StatesPlace
+from flexbatch.finetune.start import train
+from flexbatch.finetune.training import Progress
+from flexbatch.jobs.training_rows import read_training_rows, training_rows
 from flexbatch.lora.folders import adapter_folders
 from flexbatch.options import DType, EngineOptions, Resource, Schedule
 from flexbatch.policy.workload import Workload
@@ -39,6 +44,26 @@ class Score:
     is_greedy: bool
     token_ids: tuple[int, ...]
     token_logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedAdapter:
+    """A LoRA adapter that ``LLM.finetune`` made, in PEFT's format in ``folder``; ``generate`` takes it as ``lora``.
+
+    ``stats``: the command line's ``--stats`` of a training, with ``losses``, one for each step.
+    """
+
+    name: str
+    folder: Path
+    stats: Mapping[str, Any]
+
+    @property
+    def losses(self) -> list[float]:
+        """The loss of every step: the mean over its tokens, before its update."""
+        return list(self.stats["losses"])
+
+
+Loras = str | TrainedAdapter | Sequence[str | TrainedAdapter | None] | None
 
 
 class LLM:
@@ -106,6 +131,7 @@ class LLM:
         self._adapters = adapter_folders(named, None if lora_dir is None else Path(lora_dir))
         self._codec = TextCodec.load_if_present(self._folder.path)
         self._encoder = PromptEncoder(self._codec, self._folder.shape, chat=chat, template=chat_template)
+        self._template = chat_template
         self._progress = progress
         self._engine: Engine | None = None
 
@@ -128,13 +154,14 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        lora: str | Sequence[str | None] | None = None,
+        lora: Loras = None,
     ) -> list[Result]:
         """Generate for every prompt and return the results in the prompts' order.
 
         A prompt is text, token ids, or a chat (a list of messages); one alone may be given without a list around it.
-        ``params`` and ``lora`` (an adapter's name; None: the base model) are for all prompts, or one each. A row that
-        fails alone has ``error`` set. Raises InputError for a prompt that cannot be used, naming its place in the list.
+        ``params`` and ``lora`` (an adapter or its name; None: the base model) are for all prompts, or one each. A row
+        that fails alone has ``error`` set. Raises InputError for a prompt that cannot be used, naming its place in the
+        list.
         """
         results = dict(self.generate_each(prompts, params, lora=lora))
         return [results[index] for index in range(len(results))]
@@ -144,7 +171,7 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        lora: str | Sequence[str | None] | None = None,
+        lora: Loras = None,
     ) -> Iterator[tuple[int, Result]]:
         """Yield (place of the prompt, result) as rows finish, in any order; else as ``generate``."""
         rows = _prompt_list(prompts)
@@ -156,7 +183,7 @@ class LLM:
         ]
         yield from self._run(self._tokenize(requests))
 
-    def score(self, pairs: Iterable[Pair], *, lora: str | Sequence[str | None] | None = None) -> list[Score]:
+    def score(self, pairs: Iterable[Pair], *, lora: Loras = None) -> list[Score]:
         """Score each (context, continuation): the log-probability of the continuation after the context.
 
         Text is encoded together and split where the context's own encoding ends, as evaluation harnesses do; token ids
@@ -166,9 +193,7 @@ class LLM:
         scores = dict(self.score_each(pairs, lora=lora))
         return [scores[index] for index in range(len(scores))]
 
-    def score_each(
-        self, pairs: Iterable[Pair], *, lora: str | Sequence[str | None] | None = None
-    ) -> Iterator[tuple[int, Score]]:
+    def score_each(self, pairs: Iterable[Pair], *, lora: Loras = None) -> Iterator[tuple[int, Score]]:
         """Yield (place of the pair, score) as pairs finish, in any order; else as ``score``."""
         params = SamplingParams(max_tokens=0, echo=True, logprobs=1)
         encoded = [
@@ -195,6 +220,86 @@ class LLM:
         """The most tokens that the model can read at once."""
         return self._folder.shape.max_positions
 
+    def finetune(
+        self,
+        data: str | Path | Iterable[Mapping[str, Any]],
+        output: str | Path,
+        *,
+        name: str | None = None,
+        rank: int = 16,
+        alpha: float = 32,
+        target_modules: str | Sequence[str] = "all-linear",
+        learning_rate: float = 2e-4,
+        epochs: int | None = None,
+        max_steps: int | None = None,
+        batch_size: int = 8,
+        grad_accumulation: int = 1,
+        max_length: int | None = None,
+        window: int | None = None,
+        optimizer: OptimizerName = "adamw",
+        lr_schedule: LrSchedule = "cosine",
+        weight_decay: float = 0.0,
+        warmup_steps: int = 0,
+        clip: float = 1.0,
+        dropout: float = 0.0,
+        seed: int = 0,
+        base_bits: Literal[16, 4] = 16,
+        init_from: str | Path | None = None,
+        save_every: int = 50,
+        optimizer_states: StatesPlace = "memory",
+        overwrite: bool = False,
+        observe: Callable[[Progress], None] | None = None,
+    ) -> TrainedAdapter:
+        """Train a LoRA adapter on rows (a JSONL file, or objects), write it to ``output``, and return it.
+
+        Arguments are the options of ``flexbatch finetune``; rows are as there. The adapter's ``name`` is its folder's
+        unless given, and later calls of ``generate`` may use either it or the name. ``observe`` is told of every
+        batch. A training that was broken off goes on from its last checkpoint; one that is complete is read back.
+        """
+        targets = target_modules if isinstance(target_modules, str) else tuple(target_modules)
+        options = FinetuneOptions(
+            rank=rank,
+            alpha=alpha,
+            target_modules=targets,
+            learning_rate=learning_rate,
+            epochs=epochs,
+            max_steps=max_steps,
+            batch_size=batch_size,
+            grad_accumulation=grad_accumulation,
+            max_length=max_length,
+            window=window,
+            optimizer=optimizer,
+            lr_schedule=lr_schedule,
+            weight_decay=weight_decay,
+            warmup_steps=warmup_steps,
+            clip=clip,
+            dropout=dropout,
+            seed=seed,
+            base_bits=base_bits,
+            init_from=None if init_from is None else Path(init_from),
+            save_every=save_every,
+            optimizer_states=optimizer_states,
+        )
+        rows = read_training_rows(Path(data)) if isinstance(data, str | Path) else training_rows(data)
+        folder = Path(output)
+        task = FinetuneTask(
+            folder=self._folder,
+            fingerprint=weights_fingerprint(self._folder),
+            codec=self._codec,
+            data=rows,
+            output=folder,
+            options=options,
+            engine=self._options,
+            template=self._template,
+            overwrite=overwrite,
+        )
+        stats = train(task, self._progress, observe)
+        trained = TrainedAdapter(name or folder.absolute().name, folder, stats)
+        self._adapters[trained.name] = folder
+        if self._engine is not None:
+            self._engine.put_adapter(trained.name, folder)
+        return trained
+
     def stats(self) -> dict[str, Any]:
         """What the calls so far cost: the command line's ``--stats``, without its counts of rows."""
         if self._engine is None:
@@ -212,8 +317,9 @@ class LLM:
             if not isinstance(tokens, str)
         ]
 
-    def _adapters_for(self, lora: str | Sequence[str | None] | None, count: int) -> list[str | None]:
-        names: list[str | None] = _for_each(lora, count, "lora")
+    def _adapters_for(self, lora: Loras, count: int) -> list[str | None]:
+        given = _for_each(lora, count, "lora")
+        names: list[str | None] = [each.name if isinstance(each, TrainedAdapter) else each for each in given]
         unknown = next((name for name in names if name is not None and name not in self._adapters), None)
         if unknown is not None:
             raise UsageError(

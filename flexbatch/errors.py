@@ -5,6 +5,7 @@ FlexbatchError                 exit code
 ├── InputError                 2   the input file or its rows
 ├── ModelError                 2   unreadable or unsupported model, tokenizer or template
 ├── AdapterError               2   unreadable or unsupported adapter
+├── DivergedError              2   a training whose numbers are no longer finite
 ├── DoesNotFitError            4   a tier is too small; a disk is full
 └── InternalError              1   a fault of flexbatch itself
 
@@ -58,6 +59,12 @@ class ModelError(FlexbatchError):
 
 class AdapterError(FlexbatchError):
     """A LoRA adapter cannot be found, read or is not supported."""
+
+    exit_code = ExitCode.USAGE
+
+
+class DivergedError(FlexbatchError):
+    """The loss, the gradients or the adapter of a training are no longer finite; what was good before is kept."""
 
     exit_code = ExitCode.USAGE
 

@@ -14,6 +14,9 @@ from flexbatch.requests import Request, Result, TokenizedRequest
 
 if TYPE_CHECKING:
     from flexbatch.checkpoint.locate import ModelFolder
+    from flexbatch.finetune.job import FinetuneTask, Sizes
+    from flexbatch.finetune.optimizer import NamedTensors
+    from flexbatch.finetune.training import TrainerLike
     from flexbatch.text.codec import TextCodec
 
 LoadProgress = Callable[[str, int, int], None]
@@ -127,6 +130,20 @@ class Backend:
 
         workload = Workload.of(requests, share_prefixes=options.share_prefixes)
         return Engine(folder, codec, options, workload, progress, trace=trace, adapters=adapters)
+
+    def parameters(self, task: FinetuneTask) -> NamedTensors:
+        """Return the factors that a training begins with."""
+        from flexbatch.finetune.start import parameters_of
+
+        return parameters_of(task)
+
+    def trainer(
+        self, task: FinetuneTask, parameters: NamedTensors, sizes: Sizes, progress: LoadProgress
+    ) -> TrainerLike:
+        """Load the model for training ``parameters``."""
+        from flexbatch.finetune.start import trainer_of
+
+        return trainer_of(task, parameters, sizes, progress)
 
 
 def resolved(plan: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from flexbatch import __version__
 from flexbatch.cli.backend import Backend
 from flexbatch.cli.console import print_error
 from flexbatch.cli.convert import add_convert_options, run_convert
+from flexbatch.cli.finetune import run_finetune
+from flexbatch.cli.finetune_options import add_finetune_options, finetune_command
 from flexbatch.cli.info import add_info_options, run_info
 from flexbatch.cli.lm_eval import add_lm_eval_options, run_lm_eval
 from flexbatch.cli.options import add_run_options, run_options
@@ -39,6 +41,8 @@ def main(argv: Sequence[str] | None = None, backend: Backend | None = None) -> i
             code = run_profile(values)
         elif values.command == "plan":
             code = run_plan(values)
+        elif values.command == "finetune":
+            code = run_finetune(finetune_command(values), backend or Backend(), [*program, *arguments])
         elif values.command == "convert":
             code = run_convert(values, [*program, *arguments])
         elif values.command == "lm-eval":
@@ -84,6 +88,8 @@ def _parser() -> argparse.ArgumentParser:
     add_plan_options(plan)
     profile = commands.add_parser("profile", help="measure this machine for plans", allow_abbrev=False)
     add_profile_options(profile)
+    finetune = commands.add_parser("finetune", help="train a LoRA adapter", allow_abbrev=False)
+    add_finetune_options(finetune)
     convert = commands.add_parser("convert", help="prepare a model ahead of runs", allow_abbrev=False)
     add_convert_options(convert)
     lm_eval = commands.add_parser("lm-eval", help="evaluate on tasks of lm-evaluation-harness", allow_abbrev=False)

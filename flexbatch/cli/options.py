@@ -194,6 +194,11 @@ def device_options(values: argparse.Namespace) -> EngineOptions:
 
 def _add_machine(group: argparse._ArgumentGroup) -> None:
     add_device_options(group)
+    add_dtype_options(group)
+
+
+def add_dtype_options(group: argparse._ArgumentGroup) -> None:
+    """Give ``group`` the type of products, the budgets of RAM and disk, and made-up weights."""
     dtypes = ("auto", "float16", "bfloat16", "float32")
     group.add_argument("--dtype", choices=dtypes, default="auto", help="for compute, KV and hidden states")
     group.add_argument("--cpu-memory", type=_size("--cpu-memory"), metavar="SIZE", help="default 80%% of what is free")
@@ -204,7 +209,9 @@ def _add_machine(group: argparse._ArgumentGroup) -> None:
 def _add_placement(group: argparse._ArgumentGroup) -> None:
     for name, what in (("weights", "weights"), ("kv", "KV cache"), ("hidden", "hidden states")):
         option = f"--{name}"
-        group.add_argument(option, type=_shares(option), metavar="SHARES", help=f"placement of {what} (default auto)")
+        group.add_argument(
+            option, type=shares_option(option), metavar="SHARES", help=f"placement of {what} (default auto)"
+        )
     group.add_argument("--cpu-attention", type=_switch, metavar="on|off", help="attend on the CPU (default auto)")
     for name in ("--weight-bits", "--kv-bits"):
         group.add_argument(name, type=_bits(name), default=16, metavar="16|4|auto", help="default 16")
@@ -256,7 +263,8 @@ def _size(option: str) -> Callable[[str], int]:
     return parse
 
 
-def _shares(option: str) -> Callable[[str], Shares | None]:
+def shares_option(option: str) -> Callable[[str], Shares | None]:
+    """Return what reads the value of ``option``, three percentages or ``auto``."""
     return lambda text: None if text == "auto" else parse_shares(text, option)
 
 

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import NoReturn, Self
+from typing import NoReturn, Protocol, Self
 
 from tqdm import tqdm
 
@@ -53,6 +53,76 @@ class LoadMeter:
         self._bar.update(done - self._bar.n)
         if done >= total:
             self.close()
+
+
+class TrainingProgress(Protocol):
+    """How far a training is: steps, the loss of the last one, tokens done and in all."""
+
+    @property
+    def step(self) -> int:
+        """Finished steps."""
+
+    @property
+    def steps(self) -> int:
+        """All steps."""
+
+    @property
+    def loss(self) -> float:
+        """The loss of the last finished step."""
+
+    @property
+    def done(self) -> int:
+        """Tokens done."""
+
+    @property
+    def total(self) -> int:
+        """Tokens in all."""
+
+
+class TrainMeter:
+    """Progress of a training, told after every batch: a bar with loss, speed and the time left, or lines."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar: tqdm[NoReturn] | None = None
+        self._started = self._last = time.monotonic()
+        self._first: int | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __call__(self, progress: TrainingProgress) -> None:
+        """Show how far it is."""
+        if self._console.quiet:
+            return
+        now = time.monotonic()
+        if self._first is None:
+            # Speed is that of this run, from the first batch on: loading lies before it, and earlier runs.
+            self._first, self._started = progress.done, now
+        if self._console.is_terminal:
+            if self._bar is None:
+                layout = "{percentage:3.0f}%|{bar}| {postfix} [{elapsed}]"
+                self._bar = tqdm(total=1.0, bar_format=layout, dynamic_ncols=True, leave=False)
+            self._bar.set_postfix_str(self.status(progress, now), refresh=False)
+            self._bar.n = progress.done / progress.total
+            self._bar.refresh()
+        elif now - self._last >= LINE_SECONDS:
+            self._last = now
+            self._console.say(self.status(progress, now))
+
+    def status(self, progress: TrainingProgress, now: float) -> str:
+        """Steps, loss, speed and the time left in words."""
+        seconds, first = now - self._started, self._first or 0
+        speed = (progress.done - first) / seconds if seconds > 0 else 0.0
+        left = format_duration((progress.total - progress.done) / speed) if speed > 0 else "?"
+        step = f"{progress.step}/{progress.steps} steps, loss {progress.loss:.4f}"
+        return f"{step}, {speed:.1f} tokens/s, {left} left"
 
 
 class RunMeter:

@@ -64,19 +64,19 @@ def override(defaults: SamplingParams, values: Mapping[str, Json], where: str = 
         raise BadRowError(f"{where}{error}") from None
 
 
-def prompt_field(value: Json, where: str = "") -> str | tuple[int, ...]:
-    """Return a prompt: non-empty text, or non-empty token ids as a tuple."""
+def prompt_field(value: Json, where: str = "", name: str = "prompt") -> str | tuple[int, ...]:
+    """Return a prompt (or another field ``name``): non-empty text, or non-empty token ids as a tuple."""
     if isinstance(value, str):
         if not value:
-            raise BadRowError(f"{where}prompt is empty")
+            raise BadRowError(f"{where}{name} is empty")
         return value
     if not isinstance(value, list):
-        raise BadRowError(f"{where}prompt must be a string or a list of token ids, not {show(value)}")
+        raise BadRowError(f"{where}{name} must be a string or a list of token ids, not {show(value)}")
     if not value:
-        raise BadRowError(f"{where}prompt is empty")
+        raise BadRowError(f"{where}{name} is empty")
     for token in value:
         if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < 2**31:
-            raise BadRowError(f"{where}prompt holds {show(token)}, which is not a token id")
+            raise BadRowError(f"{where}{name} holds {show(token)}, which is not a token id")
     return tuple(value)
 
 

@@ -92,14 +92,18 @@ def read_rows(source: str, defaults: SamplingParams, names: Names = _NO_NAMES) -
 
 def require_valid(name: str, rows: Sequence[Row]) -> None:
     """Raise InputError listing the first bad rows, with line number and reason, and how many more there are."""
-    bad = [row for row in rows if row.error is not None]
-    if not bad:
-        return
-    lines = [f"{name}: {len(bad)} of {len(rows)} rows invalid: correct them, or give --skip-invalid to go on without"]
-    lines += [f"  line {row.line}: {row.error}" for row in bad[:LISTED]]
+    bad = [(row.line, row.error) for row in rows if row.error is not None]
+    if bad:
+        raise invalid_rows(name, len(rows), bad, "correct them, or give --skip-invalid to go on without")
+
+
+def invalid_rows(name: str, total: int, bad: Sequence[tuple[int, str]], remedy: str) -> InputError:
+    """Return the error that lists the first of the ``bad`` rows (line, reason) out of ``total``."""
+    lines = [f"{name}: {len(bad)} of {total} rows invalid: {remedy}"]
+    lines += [f"  line {line}: {reason}" for line, reason in bad[:LISTED]]
     if len(bad) > LISTED:
         lines.append(f"  and {len(bad) - LISTED} more")
-    raise InputError("\n".join(lines))
+    return InputError("\n".join(lines))
 
 
 def _parse(name: str, stream: BinaryIO, defaults: SamplingParams, names: Names) -> JobInput:
@@ -123,7 +127,7 @@ def _parse(name: str, stream: BinaryIO, defaults: SamplingParams, names: Names) 
 def _parse_line(line: bytes, index: int, number: int, defaults: SamplingParams, names: Names) -> Row:
     blank = Row(index, number, str(number), hashlib.blake2b(line, digest_size=12).hexdigest())
     try:
-        value = _load(line)
+        value = load_object(line)
     except BadRowError as bad:
         return blank.failed(str(bad))
     endpoint: Endpoint | None = None
@@ -144,7 +148,8 @@ def _identified(row: Row, value: dict[str, Json]) -> Row:
     return replace(row, id=name if isinstance(name, str) and name else row.id, endpoint=endpoint)
 
 
-def _load(line: bytes) -> dict[str, Json]:
+def load_object(line: bytes) -> dict[str, Json]:
+    """Return the JSON object on one line; BadRowError says what is wrong with it."""
     try:
         text = line.decode()
     except UnicodeDecodeError as error:

@@ -48,7 +48,7 @@ class Adapters:
     def __init__(
         self, folders: Mapping[str, Path], table: WeightTable, family: str, device: Device, budget: int | None
     ) -> None:
-        self._folders = folders
+        self._folders = dict(folders)
         self._reader = AdapterReader(table, family)
         self._index = ModuleIndex(modules_of(table))
         self._device = device
@@ -73,6 +73,13 @@ class Adapters:
             self._opened.update(opened)
             self._failed.update(failed)
         return wanted & self._opened.keys()
+
+    def put(self, name: str, folder: Path) -> None:
+        """Add an adapter under a name, in the place of one of that name; between runs only."""
+        self._folders[name] = folder
+        for known in (self._opened, self._failed, self._sizes):
+            known.pop(name, None)
+        self._kept = None
 
     # --- memory --------------------------------------------------------------------------------------------------
 

@@ -246,6 +246,11 @@ class Engine:
             yield from results
             yield from lost
 
+    def put_adapter(self, name: str, folder: Path) -> None:
+        """Let rows of later runs name the adapter in ``folder``; one of that name before is forgotten."""
+        self._adapters.put(name, folder)
+        self._workload = replace(self._workload, adapters=())  # the next run plans anew, with this one's size
+
     def snapshot(self) -> RunProgress:
         """How far the run is."""
         return self._progress

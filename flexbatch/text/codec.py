@@ -5,6 +5,7 @@ Knows nothing of requests or files of rows; an error about a text is raised for 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,7 @@ _FILE_SETS = (
     ("vocab.txt",),
     ("tekken.json",),
 )
+_GENERATION = re.compile(r"\{%-?\s*generation\b")
 _BATCH = 256  # texts per batch call: offsets and masks of a batch take a few hundred bytes per token until it is done
 
 
@@ -80,9 +82,20 @@ class TextCodec:
         return len(self._tokenizer)
 
     @property
+    def eos_token_id(self) -> int | None:
+        """The token that the tokenizer ends a text with, or None."""
+        token = self._tokenizer.eos_token_id
+        return token if isinstance(token, int) else None
+
+    @property
     def has_template(self) -> bool:
         """Whether the model brings a chat template."""
         return bool(self._tokenizer.chat_template)
+
+    def marks_answers(self, template: str | None = None) -> bool:
+        """Whether the template itself marks what the assistant says (``{% generation %}``)."""
+        text = template if template is not None else self._tokenizer.chat_template
+        return isinstance(text, str) and _GENERATION.search(text) is not None
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Encode with the tokenizer's default special tokens. InputError: not valid Unicode."""
@@ -114,28 +127,44 @@ class TextCodec:
             out.extend(tuple(ids) for ids in batch["input_ids"])
         return out
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]], template: str | None = None) -> str:
-        """Render messages, ready for the assistant's answer, with Jinja text ``template`` or else the model's own.
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], template: str | None = None, *, answer: bool = True
+    ) -> str:
+        """Render messages with Jinja text ``template`` or else the model's own.
 
-        Raises InputError for malformed messages, and with the template's own words when it refuses them or is broken;
-        ModelError when there is no template.
+        ``answer``: ready for the assistant's answer; without it, as they are. Raises InputError for malformed
+        messages, and with the template's own words when it refuses them or is broken; ModelError when there is no
+        template.
         """
-        if template is None and not self.has_template:
-            raise ModelError(f"{self._name} has no chat template: give one with --chat-template FILE, or use prompt")
-        plain = plain_messages(messages)
-        try:
-            text = self._tokenizer.apply_chat_template(
-                plain, chat_template=template, add_generation_prompt=True, tokenize=False
-            )
-        except Exception as error:  # a template can raise anything: its own refusal, a type error, a missing key
-            raise InputError(f"the chat template refuses the messages: {_line(error)}") from error
+        text = self._apply_template(messages, template, add_generation_prompt=answer, tokenize=False)
         if not text:
             raise InputError("the chat template renders nothing for the messages")
         return str(text)
 
+    def encode_answers(
+        self, messages: Sequence[Mapping[str, Any]], template: str | None = None
+    ) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+        """Return the tokens of a whole chat, and which of them a template that ``marks_answers`` says are answers.
+
+        Raises as ``render_chat`` does.
+        """
+        encoded = self._apply_template(
+            messages, template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        return tuple(encoded["input_ids"]), tuple(bool(mark) for mark in encoded["assistant_masks"])
+
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], template: str | None = None) -> tuple[int, ...]:
         """Encode what ``render_chat`` gives, no special tokens added; the same errors."""
         return self.encode_many([self.render_chat(messages, template)], special_tokens=False)[0]
+
+    def _apply_template(self, messages: Sequence[Mapping[str, Any]], template: str | None, **how: bool) -> Any:
+        if template is None and not self.has_template:
+            raise ModelError(f"{self._name} has no chat template: give one with --chat-template FILE, or use prompt")
+        plain = plain_messages(messages)
+        try:
+            return self._tokenizer.apply_chat_template(plain, chat_template=template, **how)
+        except Exception as error:  # a template can raise anything: its own refusal, a type error, a missing key
+            raise InputError(f"the chat template refuses the messages: {_line(error)}") from error
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids without special tokens, exactly as transformers' ``decode`` gives it."""

@@ -13,10 +13,13 @@ from typing import Any, cast
 from flexbatch.checkpoint.locate import ModelFolder
 from flexbatch.cli.backend import Backend, LoadProgress
 from flexbatch.errors import ModelError
+from flexbatch.finetune.job import FinetuneTask, Sizes
+from flexbatch.finetune.optimizer import NamedTensors
 from flexbatch.options import EngineOptions
 from flexbatch.requests import Result, RowError, TokenizedRequest, TokenLogprobs
 from flexbatch.shapes import ModelShape
 from flexbatch.text.codec import TextCodec
+from tests.finetune.fakes import FakeParameters, FakeTrainer
 
 VOCABULARY, WINDOW = 0x3000, 60
 
@@ -26,7 +29,9 @@ class FakeCodec:
 
     has_template = True
 
-    def encode_many(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
+    eos_token_id = 2
+
+    def encode_many(self, texts: Sequence[str], *, special_tokens: bool = True) -> list[tuple[int, ...]]:
         return [tuple(map(ord, text)) for text in texts]
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], template: str | None = None) -> tuple[int, ...]:
@@ -110,6 +115,10 @@ class FakeBackend(Backend):
     adapters: list[dict[str, Path]] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
     closed: int = 0
+    before_batch: Callable[[int], None] | None = None
+    bad: tuple[str, int] | None = None
+    trainers: list[FakeTrainer] = field(default_factory=list)
+    sizes: list[Sizes] = field(default_factory=list)
 
     def locate(self, model: str, *, dummy: bool) -> ModelFolder:
         return ModelFolder(model, Path("/nowhere"), {}, shape(), self.warnings, dummy)
@@ -122,6 +131,18 @@ class FakeBackend(Backend):
 
     def refused_adapters(self, folder: ModelFolder, adapters: Mapping[str, Path]) -> dict[str, str]:
         return {name: reason for name, reason in self.refused.items() if name in adapters}
+
+    def parameters(self, task: FinetuneTask) -> FakeParameters:
+        return FakeParameters()
+
+    def trainer(
+        self, task: FinetuneTask, parameters: NamedTensors, sizes: Sizes, progress: LoadProgress
+    ) -> FakeTrainer:
+        assert isinstance(parameters, FakeParameters)
+        progress("loading weights", 1, 1)
+        self.sizes.append(sizes)
+        self.trainers.append(FakeTrainer(parameters, self.before_batch, self.bad))
+        return self.trainers[-1]
 
     def engine(
         self,
