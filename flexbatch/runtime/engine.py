@@ -92,8 +92,8 @@ class Engine:
         self._delays = delays
         self._folder = folder
         self._codec = codec
-        # Only 16 bits can run: ``auto`` has one choice.
-        self._options = replace(options, weight_bits=16, kv_bits=16)
+        # Weights run in 16 bits only: ``auto`` has one choice.
+        self._options = replace(options, weight_bits=16)
         self._shape = folder.shape
         self._family = family_of(folder.shape)
         table = self._family.table(folder.shape)
@@ -269,7 +269,8 @@ class Engine:
         )
 
     def _page_shape(self, plan: Plan) -> PageShape:
-        return PageShape(self._shape.num_kv_heads, plan.page_tokens, self._shape.head_dim, getattr(torch, plan.dtype))
+        dtype = getattr(torch, plan.dtype)
+        return PageShape(self._shape.num_kv_heads, plan.page_tokens, self._shape.head_dim, dtype, plan.kv_bits)
 
     def _replan(self, workload: Workload) -> None:
         """Plan for these rows; the weights stay where they are."""
@@ -279,7 +280,7 @@ class Engine:
         plan, _ = self._place(workload)
         kept = ("weights", "weights_dtype", "host_slots", "gpu_slots")
         plan = replace(plan, **{name: getattr(self.plan, name) for name in kept})
-        if (dict(plan.kv_pages), plan.page_tokens) != (dict(self.plan.kv_pages), self.plan.page_tokens):
+        if _pool_of(plan) != _pool_of(self.plan):
             self._drop_kv()
         self.plan = plan
 
@@ -447,3 +448,8 @@ class Engine:
             lora=request.request.lora,
             error=error,
         )
+
+
+def _pool_of(plan: Plan) -> tuple[dict[str, int], int, int]:
+    """What the pools of pages depend on."""
+    return dict(plan.kv_pages), plan.page_tokens, plan.kv_bits

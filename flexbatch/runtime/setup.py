@@ -25,11 +25,10 @@ _DISK_SHARE = 0.9
 
 def open_device(options: EngineOptions) -> Device:
     """The device that the options name. Raises UsageError if it is not there, or for bits that no run can keep yet."""
-    for option, bits in (("--weight-bits", options.weight_bits), ("--kv-bits", options.kv_bits)):
-        if bits == 4:
-            raise UsageError(
-                f"{option} 4: runs keep 16 bits in this version (flexbatch plan counts with 4): leave it out"
-            )
+    if options.weight_bits == 4:
+        raise UsageError(
+            "--weight-bits 4: runs keep 16 bits in this version (flexbatch plan counts with 4): leave it out"
+        )
     gpu_memory = options.gpu_memory
     if gpu_memory is None and options.device == "sim":
         gpu_memory = _SIM_GPU

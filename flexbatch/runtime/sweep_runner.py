@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flexbatch.kernels.attention import attend
+from flexbatch.kernels.kv4 import attend_packed, store_packed
 from flexbatch.kernels.paged import store_paged
 from flexbatch.kernels.rotary import RotaryTable
 from flexbatch.memory.aligned import align_up
@@ -175,9 +176,13 @@ class SweepRunner:
         assert state.qkv is not None
         q, k, v = state.qkv
         layer = self._kv.layer(step, state.batch, state.staging)
-        store_paged(layer, state.pages, state.offsets, k, v, state.key_rows(k.shape[1], layer.shape[3]))
-        batch = state.attention[self._shape.windows[index]]
-        state.attended = attend(batch, layer, q, k, v, self._shape.scale_of(index))
+        batch, scale = state.attention[self._shape.windows[index]], self._shape.scale_of(index)
+        if self._plan.kv_bits == 4:
+            store_packed(layer, state.pages, state.offsets, k, v)
+            state.attended = attend_packed(batch, layer, q, scale)
+        else:
+            store_paged(layer, state.pages, state.offsets, k, v, state.key_rows(k.shape[1], layer.shape[3]))
+            state.attended = attend(batch, layer, q, k, v, scale)
         state.qkv = None
 
     def _finish(self, step: Step) -> None:
