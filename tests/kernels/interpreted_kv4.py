@@ -48,11 +48,11 @@ def kernels_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(paged.BACKENDS, "cpu", "flexbatch.kernels.paged_triton")
 
 
-@pytest.mark.parametrize("seed", range(8))
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_store_and_attention_equal_the_reference(seed: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("seed", "dim"), list(enumerate((8, 20, 48, 64, 80, 128, 192))))
+def test_store_and_attention_equal_the_reference(seed: int, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(seed)
-    shape = random_shape(rng, dims=(8, 20, 48, 64, 80, 128, 192), sizes=(4, 16, 48, 56, 64), longest=70)
+    dtype = rng.choice([torch.float16, torch.float32])
+    shape = random_shape(rng, dims=(dim,), sizes=(4, 16, 48, 56, 64), longest=30)
     case = build(rng, shape, dtype, CPU)
     pool = torch.randint(0, 256, (*case.pool.shape[:-1], kv_head_bytes(shape.dim)), dtype=torch.uint8)  # NaN among it
     batch = prepare(case.spans, shape.page_tokens, shape.window, torch.float32)
@@ -78,6 +78,7 @@ def test_store_and_attention_equal_the_reference(seed: int, dtype: torch.dtype, 
     assert float((attended[0] - attended[1]).norm() / attended[0].norm()) < 1e-3
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_store_of_numbers_that_are_none_or_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels_on_the_cpu(monkeypatch)
     pool = torch.zeros(1, 1, 2, 8, kv_head_bytes(64), dtype=torch.uint8)
