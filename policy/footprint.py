@@ -18,6 +18,8 @@ BLOCK = 4096
 """Bytes that a disk reads and writes at least."""
 KV_TILE_BYTES = 4 << 20
 """Numbers of packed KV that are in fp32 at a time, in bytes, where that does not depend on a context's length."""
+CALIBRATION_TOKENS = 256
+"""Tokens of a sequence by which the basis of packed KV is found."""
 _SCALES = 4  # bytes of a group's 16-bit scale and minimum
 _PADDING = 32  # a page of packed KV grows by at most a 32nd to fill blocks
 
@@ -123,6 +125,8 @@ class ModelSize:
         them where it is gated), scores of one head block; at the head: ``logit_rows`` rows of logits with a copy.
         """
         shape, size = self.shape, DTYPE_BYTES[dtype]
+        if kv_bits == 4:
+            tokens = max(tokens, CALIBRATION_TOKENS)
         heads = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
         layer = tokens * (3 * shape.hidden_size + 3 * heads + 4 * shape.intermediate_size) * size
         scores = 4 * shape.num_heads * max(tokens, 1) * min(context, 512)

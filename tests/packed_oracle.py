@@ -12,23 +12,32 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
 from torch import Tensor
 
-from flexbatch.kernels.kv4 import pack_rows, rotate, rotation, unpack_rows
+from flexbatch.checkpoint.locate import locate
+from flexbatch.kernels.kv4 import pack_rows, unpack_rows
+from flexbatch.kernels.kv4_basis import Basis, turned
+from flexbatch.kernels.rotary import RotaryTable
 from tests.oracle import Row, generate_row
 from tests.tiny import FAMILIES, load_oracle
 
 
-def through_four_bits(x: Tensor, *, key: bool) -> Tensor:
-    """[..., D] packed and unpacked; keys are rotated for that."""
-    dim = x.shape[-1]
-    if not key:
-        return unpack_rows(pack_rows(x), dim)
-    return unpack_rows(pack_rows(rotate(x)), dim) @ rotation(dim).t()
+def through_four_bits(
+    k: Tensor, v: Tensor, positions: Tensor, basis: Basis, turns: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """k and v [L, kv_heads, D] at ``positions``, packed and unpacked in ``basis``, as they were again."""
+    dim = k.shape[-1]
+    first = (positions == 0).view(-1, 1, 1)
+    keys = unpack_rows(pack_rows(basis.stored_keys(k, positions, turns)), dim) + first * basis.first_keys
+    back = torch.linalg.inv(basis.keys.double()).float()
+    keys = torch.einsum("lkd,kde->lke", keys, back) + turned(basis.means, None if turns is None else turns[positions])
+    values = unpack_rows(pack_rows(basis.stored_values(v, positions)), dim) + first * basis.first_values
+    return keys, values @ basis.values.t()
 
 
 @contextmanager
-def packed_attention() -> Iterator[None]:
+def packed_attention(bases: Sequence[Basis], turns: Tensor | None) -> Iterator[None]:
     """Within it the eager attention of transformers reads keys and values of 4 bits."""
     patches = []
     for family in FAMILIES:
@@ -36,7 +45,14 @@ def packed_attention() -> Iterator[None]:
         plain: Callable[..., Any] = module.eager_attention_forward
 
         def packed(of: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any, plain: Any = plain, **named: Any) -> Any:
-            return plain(of, q, through_four_bits(k, key=True), through_four_bits(v, key=False), *rest, **named)
+            length = k.shape[2]
+            ids = named.get("position_ids")  # a sliding window's cache has forgotten the first ones
+            stop = length if ids is None else int(ids.max()) + 1
+            where = torch.arange(stop - length, stop)
+            basis = bases[of.layer_idx]
+            keys, values = through_four_bits(k[0].transpose(0, 1), v[0].transpose(0, 1), where, basis, turns)
+            keys, values = (x.transpose(0, 1).unsqueeze(0) for x in (keys, values))
+            return plain(of, q, keys, values, *rest, **named)
 
         patches.append(mock.patch.object(module, "eager_attention_forward", packed))
     for patch in patches:
@@ -48,8 +64,10 @@ def packed_attention() -> Iterator[None]:
             patch.stop()
 
 
-def generate_packed(path: Path, rows: Sequence[tuple[tuple[int, ...], int]]) -> list[Row]:
+def generate_packed(path: Path, rows: Sequence[tuple[tuple[int, ...], int]], bases: Sequence[Basis]) -> list[Row]:
     """Generate each row by itself, greedily, with a cache of 4 bits."""
+    shape = locate(str(path)).shape
+    turns = None if shape.rope is None else RotaryTable(shape.rope).turns(shape.max_positions)
     model = load_oracle(path)
-    with packed_attention():
+    with packed_attention(bases, turns):
         return [generate_row(model, prompt, new) for prompt, new in rows]

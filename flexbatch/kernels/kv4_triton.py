@@ -13,6 +13,7 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
+from flexbatch.kernels.kv4 import Meeting
 from flexbatch.kernels.paged import PagedQueries
 from flexbatch.kernels.paged_triton import Tile, merge_partitions, tile_for
 from flexbatch.policy.footprint import kv_group
@@ -22,16 +23,17 @@ _STORE_ROWS = 16  # groups that one program quantizes
 
 
 def attend(
-    out: Tensor, queries: PagedQueries, layer: Tensor, q: Tensor, scale: float, tile: Tile | None = None
+    out: Tensor, queries: PagedQueries, layer: Tensor, meeting: Meeting, scale: float, tile: Tile | None = None
 ) -> None:
     """Write the attention of ``queries`` to their rows of ``out`` [T, heads, D]; see ``kv4.attend_packed``.
 
-    q [T, heads, D] is rotated; layer uint8 [pages, kv_heads, 2, P, row_bytes].
+    layer uint8 [pages, kv_heads, 2, P, row_bytes]; cosines and sines are rounded to the type of the queries.
     """
+    q = meeting.q.contiguous()
+    turns = None if meeting.turns is None else meeting.turns.to(q.dtype)
     heads, dim = q.shape[1:]
     kv_heads, size = layer.shape[1], layer.shape[3]
     assert layer[0].is_contiguous()
-    q = q if q.stride(2) == 1 else q.contiguous()
     group = heads // kv_heads
     tile = tile or tile_for(longest=queries.longest, group=group, dim=dim, page_tokens=size, dtype=q.dtype)
     assert queries.partition % tile.keys == 0
@@ -48,17 +50,20 @@ def attend(
         highest,
         total,
         q,
+        q if meeting.means is None else meeting.means.contiguous(),
+        q if turns is None else turns.contiguous(),
+        meeting.basis.first_keys,
+        meeting.basis.first_values,
         layer,
         queries.records,
         queries.records.stride(0),
-        q.stride(0),
-        q.stride(1),
         layer.stride(0),
         scale * _LOG2_E,
         HEADS=heads,
         GROUP=group,
         **packed_constants(dim),
         PAGE=size,
+        TURNS=turns is not None,
         WINDOW=queries.window or 0,
         PARTITION=queries.partition,
         SPLIT=split,
@@ -72,18 +77,18 @@ def attend(
         merge_partitions(out, queries, partial, highest, total)
 
 
-def store(layer: Tensor, pages: Tensor, offsets: Tensor, k: Tensor, v: Tensor) -> None:
-    """Quantize k and v [T, kv_heads, D] into ``layer`` at their pages and offsets (int64 [T]); see ``kv4``.
+def store(layer: Tensor, pages: Tensor, offsets: Tensor, keys: Tensor, values: Tensor) -> None:
+    """Quantize keys and values [T, kv_heads, D] into ``layer`` at their pages and offsets (int64 [T]); see ``kv4``.
 
-    k is rotated. Numbers are those of ``kv4.pack_rows`` but for ties between codes, which rounding decides.
+    Numbers are those of ``kv4.pack_rows`` but for ties between codes, which rounding decides.
     """
-    tokens, kv_heads, dim = k.shape
+    tokens, kv_heads, dim = keys.shape
     size, row = layer.shape[3], layer.shape[4]
     assert layer[0].is_contiguous()
     half = kv_group(dim) // 2
     groups = dim // kv_group(dim)
     grid = (triton.cdiv(tokens * kv_heads * groups, _STORE_ROWS),)
-    for place, x in enumerate((k, v)):
+    for place, x in enumerate((keys, values)):
         x = x if x.stride(2) == 1 else x.contiguous()
         _store_kernel[grid](
             layer,
@@ -160,11 +165,13 @@ def _attend_kernel(
     highest_of: tl.tensor,
     total_of: tl.tensor,
     q: tl.tensor,
+    means: tl.tensor,
+    turns: tl.tensor,
+    first_keys: tl.tensor,
+    first_values: tl.tensor,
     layer: tl.tensor,
     records: tl.tensor,
     record_stride: tl.tensor,
-    q_token: tl.tensor,
-    q_head: tl.tensor,
     page_stride: tl.tensor,
     scale: tl.tensor,
     HEADS: tl.constexpr,
@@ -176,6 +183,7 @@ def _attend_kernel(
     WIDTH: tl.constexpr,
     ROW: tl.constexpr,
     PAGE: tl.constexpr,
+    TURNS: tl.constexpr,
     WINDOW: tl.constexpr,
     PARTITION: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -214,9 +222,17 @@ def _attend_kernel(
     code = pair // HALF * (HALF + 4) + pair % HALF  # where its byte lies in a row
     row = (first_row + token).to(tl.int64)
     wanted = real[:, None] & inner[None, :]
-    query = q + (row * q_token + head * q_head)[:, None] + 2 * pair[None, :]
-    even_query = tl.load(query, mask=wanted, other=0.0)
-    odd_query = tl.load(query + 1, mask=wanted, other=0.0)
+    query = (row * HEADS + head)[:, None] * DIM + 2 * pair[None, :]
+    even_query = tl.load(q + query, mask=wanted, other=0.0)
+    odd_query = tl.load(q + query + 1, mask=wanted, other=0.0)
+    if TURNS:
+        even_mean = tl.load(means + query, mask=wanted, other=0.0)
+        odd_mean = tl.load(means + query + 1, mask=wanted, other=0.0)
+    special = kv_head * DIM + 2 * pair
+    even_first_key = tl.load(first_keys + special, mask=inner, other=0.0)
+    odd_first_key = tl.load(first_keys + special + 1, mask=inner, other=0.0)
+    even_first_value = tl.load(first_values + special, mask=inner, other=0.0)
+    odd_first_value = tl.load(first_values + special + 1, mask=inner, other=0.0)
     pool = layer + kv_head * (2 * PAGE * ROW)
     highest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -237,10 +253,18 @@ def _attend_kernel(
         codes = tl.load(rows[:, None] + code[None, :], mask=stored, other=0)
         step = _scales_at(rows, known, HALF, GROUPS, PADDED, WIDTH, KEYS, 0)
         least = _scales_at(rows, known, HALF, GROUPS, PADDED, WIDTH, KEYS, 2)
-        even_key = ((codes & 15).to(tl.float32) * step + least).to(even_query.dtype)
-        odd_key = ((codes >> 4).to(tl.float32) * step + least).to(even_query.dtype)
-        scores = tl.dot(even_query, tl.trans(even_key), input_precision="ieee")
-        scores = tl.dot(odd_query, tl.trans(odd_key), scores, input_precision="ieee") * scale
+        opening = tl.where(keys == 0, 1.0, 0.0)[:, None]
+        even_key = (codes & 15).to(tl.float32) * step + least + opening * even_first_key[None, :]
+        odd_key = (codes >> 4).to(tl.float32) * step + least + opening * odd_first_key[None, :]
+        scores = tl.dot(even_query, tl.trans(even_key.to(even_query.dtype)), input_precision="ieee")
+        scores = tl.dot(odd_query, tl.trans(odd_key.to(even_query.dtype)), scores, input_precision="ieee")
+        if TURNS:
+            angle = turns + keys[:, None] * DIM + 2 * pair[None, :]
+            even_turn = tl.load(angle, mask=stored, other=0.0)
+            odd_turn = tl.load(angle + 1, mask=stored, other=0.0)
+            scores = tl.dot(even_mean, tl.trans(even_turn), scores, input_precision="ieee")
+            scores = tl.dot(odd_mean, tl.trans(odd_turn), scores, input_precision="ieee")
+        scores = scores * scale
         visible = known[None, :] & (keys[None, :] <= position[:, None])
         if WINDOW > 0:
             visible = visible & (keys[None, :] > position[:, None] - WINDOW)
@@ -254,11 +278,11 @@ def _attend_kernel(
         codes = tl.load(rows[:, None] + code[None, :], mask=stored, other=0)
         step = _scales_at(rows, known, HALF, GROUPS, PADDED, WIDTH, KEYS, 0)
         least = _scales_at(rows, known, HALF, GROUPS, PADDED, WIDTH, KEYS, 2)
-        even_value = ((codes & 15).to(tl.float32) * step + least).to(even_query.dtype)
-        odd_value = ((codes >> 4).to(tl.float32) * step + least).to(even_query.dtype)
+        even_value = (codes & 15).to(tl.float32) * step + least + opening * even_first_value[None, :]
+        odd_value = (codes >> 4).to(tl.float32) * step + least + opening * odd_first_value[None, :]
         weights = weights.to(even_query.dtype)
-        even = even * factor[:, None] + tl.dot(weights, even_value, input_precision="ieee")
-        odd = odd * factor[:, None] + tl.dot(weights, odd_value, input_precision="ieee")
+        even = even * factor[:, None] + tl.dot(weights, even_value.to(even_query.dtype), input_precision="ieee")
+        odd = odd * factor[:, None] + tl.dot(weights, odd_value.to(even_query.dtype), input_precision="ieee")
         highest = higher
 
     if SPLIT:
@@ -284,9 +308,7 @@ def _codes(x: tl.tensor, scale: tl.tensor, minimum: tl.tensor) -> tl.tensor:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _error(
-    even: tl.tensor, odd: tl.tensor, inner: tl.tensor, scale: tl.tensor, minimum: tl.tensor
-) -> tl.tensor:
+def _error(even: tl.tensor, odd: tl.tensor, inner: tl.tensor, scale: tl.tensor, minimum: tl.tensor) -> tl.tensor:
     """The squared error of each row on its grid."""
     first = _codes(even, scale, minimum) * scale + minimum - even
     second = _codes(odd, scale, minimum) * scale + minimum - odd

@@ -37,6 +37,7 @@ from flexbatch.runtime.allocator import keep_freed_blocks
 from flexbatch.runtime.hardware import peak_rss, product_rate
 from flexbatch.runtime.hidden import HiddenMoves
 from flexbatch.runtime.micro_batch import Readout
+from flexbatch.runtime.packed_kv import PackedKV, calibration_sweep
 from flexbatch.runtime.profile_cache import machine_profile
 from flexbatch.runtime.setup import allocate_kv, disk_folder, machine_for, open_device
 from flexbatch.runtime.sweep_runner import SweepRunner
@@ -131,6 +132,7 @@ class Engine:
         self._loaded_bytes = sum(entry.nbytes for entry in {id(e): e for e in checkpoint.entries.values()}.values())
         rope = folder.shape.rope
         self._rotary = None if rope is None else RotaryTable(rope, self._device.torch_device)
+        self._packing: PackedKV | None = None
         self._kv: KVMemory | None = None
         self._spill: SpillFile | None = None
         self._trace = Trace(keep=trace)
@@ -169,6 +171,7 @@ class Engine:
         yield from self._queue(scheduler, requests, adapters)
         runner, store = self._runner(adapters)
         try:
+            self._find_bases(runner)
             yield from self._sweeps(scheduler, runner, store)
         except BaseException:
             self._adapters.forget()
@@ -303,6 +306,8 @@ class Engine:
             lanes=LANES,
         )
         page = self._page_shape(self.plan)
+        if self._packing is None and self.plan.kv_bits == 4:
+            self._packing = PackedKV(self._shape)
         if self._kv is None:
             self._spill, self._kv = allocate_kv(
                 self.plan, page, self._shape.num_layers, routes, self._device, self._options
@@ -322,8 +327,19 @@ class Engine:
             trace=self._trace,
             adapters=store,
             delays=self._delays,
+            packing=self._packing if self.plan.kv_bits == 4 else None,
         )
         return runner, store
+
+    def _find_bases(self, runner: SweepRunner) -> None:
+        """Before the first packed key: see what keys look like."""
+        if self._packing is None or not self._packing.observes:
+            return
+        started = time.perf_counter()
+        hidden = self._device.compute
+        runner.run(calibration_sweep(self._shape, self._codec, self._device.compute, hidden), more=True)
+        self._packing.settle()
+        self._load_s += time.perf_counter() - started
 
     def _lost(self, scheduler: Scheduler, store: AdapterStore) -> list[Result]:
         """The rows of adapters that could not be read during the run."""

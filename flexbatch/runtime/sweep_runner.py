@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from flexbatch.kernels.attention import attend
-from flexbatch.kernels.kv4 import attend_packed, store_packed
 from flexbatch.kernels.paged import store_paged
 from flexbatch.kernels.rotary import RotaryTable
 from flexbatch.memory.aligned import align_up
@@ -27,6 +26,7 @@ from flexbatch.runtime.executor import Executor
 from flexbatch.runtime.hidden import HiddenMoves
 from flexbatch.runtime.kv_moves import KVMoves
 from flexbatch.runtime.micro_batch import MicroBatchState, Readout, start
+from flexbatch.runtime.packed_kv import PackedKV
 from flexbatch.runtime.readout import read
 from flexbatch.runtime.trace import Trace
 from flexbatch.runtime.weight_store import WeightStore
@@ -64,8 +64,10 @@ class SweepRunner:
         trace: Trace,
         adapters: AdapterStore | None = None,
         delays: Callable[[Step], float] | None = None,
+        packing: PackedKV | None = None,
     ) -> None:
         self._shape = shape
+        self._packing = packing
         self._family = family
         self._weights = weights
         self._kv = KVMoves(kv, routes, device)
@@ -175,11 +177,14 @@ class SweepRunner:
         index = step.group - 1
         assert state.qkv is not None
         q, k, v = state.qkv
+        if self._packing is not None and self._packing.observes:
+            state.attended = self._packing.observe(index, state, q, k, v, self._shape.scale_of(index))
+            state.qkv = None
+            return
         layer = self._kv.layer(step, state.batch, state.staging)
         batch, scale = state.attention[self._shape.windows[index]], self._shape.scale_of(index)
-        if self._plan.kv_bits == 4:
-            store_packed(layer, state.pages, state.offsets, k, v)
-            state.attended = attend_packed(batch, layer, q, scale)
+        if self._packing is not None:
+            state.attended = self._packing.attend(index, state, batch, layer, (q, k, v), scale)
         else:
             store_paged(layer, state.pages, state.offsets, k, v, state.key_rows(k.shape[1], layer.shape[3]))
             state.attended = attend(batch, layer, q, k, v, scale)

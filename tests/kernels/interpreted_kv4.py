@@ -13,18 +13,21 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from triton.runtime import interpreter  # type: ignore[import-untyped]
 
 from flexbatch.checkpoint.locate import locate
-from flexbatch.kernels import kv4, paged
-from flexbatch.kernels.attention import prepare
+from flexbatch.kernels import kv4, kv4_triton, paged
+from flexbatch.kernels.attention import AttentionBatch, prepare
 from flexbatch.kernels.kv4 import attend_packed, pack_rows, store_packed, unpack_rows
+from flexbatch.kernels.kv4_basis import Basis
 from flexbatch.options import EngineOptions
 from flexbatch.policy.footprint import kv_head_bytes
 from flexbatch.policy.workload import Workload
 from flexbatch.requests import Result
 from flexbatch.runtime.engine import Engine
-from tests.kernels.paged_cases import Shape, build, random_shape
+from tests.kernels.paged_cases import Case, Shape, build, random_shape
+from tests.kernels.test_kv4 import drawn, table
 from tests.oracle import generate_alone, ragged_rows, requests_of
 from tests.tiny import tiny_checkpoint
 
@@ -48,14 +51,26 @@ def kernels_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(paged.BACKENDS, "cpu", "flexbatch.kernels.paged_triton")
 
 
+def fill(pool: Tensor, case: Case, basis: Basis, turns: Tensor | None) -> None:
+    """Store all of a case."""
+    size = case.shape.page_tokens
+    for (keys, values), span in zip(case.histories, case.spans, strict=True):
+        positions = torch.arange(len(keys))
+        where = torch.tensor(span.pages).repeat_interleave(size)[: len(keys)]
+        store_packed(pool, where, positions % size, keys, values, positions, basis, turns)
+
+
 @pytest.mark.parametrize(("seed", "dim"), list(enumerate((8, 20, 48, 64, 80, 128, 192))))
 def test_store_and_attention_equal_the_reference(seed: int, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(seed)
+    torch.manual_seed(seed)
     dtype = rng.choice([torch.float16, torch.float32])
     shape = random_shape(rng, dims=(dim,), sizes=(4, 16, 48, 56, 64), longest=30)
     case = build(rng, shape, dtype, CPU)
     pool = torch.randint(0, 256, (*case.pool.shape[:-1], kv_head_bytes(shape.dim)), dtype=torch.uint8)  # NaN among it
     batch = prepare(case.spans, shape.page_tokens, shape.window, torch.float32)
+    turns = table(rng, dim)
+    basis = drawn(shape.kv_heads, dim, turns)
     pools, attended = [], []
     for kernels in (False, True):
         own = pool.clone()
@@ -63,12 +78,10 @@ def test_store_and_attention_equal_the_reference(seed: int, dim: int, monkeypatc
             kernels_on_the_cpu(monkeypatch)
             batch = prepare(case.spans, shape.page_tokens, shape.window, torch.float32)
             assert batch.paged
-        for (keys, values), span in zip(case.histories, case.spans, strict=True):
-            where = torch.tensor(span.pages).repeat_interleave(shape.page_tokens)[: len(keys)]
-            store_packed(own, where, torch.arange(len(keys)) % shape.page_tokens, keys, values)
+        fill(own, case, basis, turns)
         pools.append(own)
         q = case.q if kernels else case.q.float()
-        attended.append(attend_packed(batch, pools[0], q, case.scale).float())
+        attended.append(attend_packed(batch, pools[0], q, case.scale, basis, turns).float())
     for (keys, _), span in zip(case.histories, case.spans, strict=True):
         where = torch.tensor(span.pages).repeat_interleave(shape.page_tokens)[: len(keys)]
         offsets = torch.arange(len(keys)) % shape.page_tokens
@@ -84,7 +97,7 @@ def test_store_of_numbers_that_are_none_or_too_large(monkeypatch: pytest.MonkeyP
     pool = torch.zeros(1, 1, 2, 8, kv_head_bytes(64), dtype=torch.uint8)
     v = torch.randn(8, 1, 64)
     v[0, 0, 3], v[1, 0, 4], v[2] = torch.nan, 1e6, 2.5
-    store_packed(pool, torch.zeros(8, dtype=torch.long), torch.arange(8), torch.randn(8, 1, 64), v)
+    kv4_triton.store(pool, torch.zeros(8, dtype=torch.long), torch.arange(8), torch.randn(8, 1, 64), v)
     found = unpack_rows(pool[0, 0, 1], 64)
     assert not found[0].isfinite().any()
     assert torch.equal(found[2], torch.full((64,), 2.5))
@@ -97,17 +110,20 @@ def test_long_rows_are_merged_of_partitions(monkeypatch: pytest.MonkeyPatch) -> 
     shape = Shape(1, 3, 64, 64, None, ((1100, 1), (30, 1)))
     case = build(random.Random(5), shape, torch.float32, CPU)
     pool = torch.zeros(*case.pool.shape[:-1], kv_head_bytes(64), dtype=torch.uint8)
-    for (keys, values), span in zip(case.histories, case.spans, strict=True):
-        where = torch.tensor(span.pages).repeat_interleave(64)[: len(keys)]
-        store_packed(pool, where, torch.arange(len(keys)) % 64, keys, values)
-    expected = attend_packed(prepare(case.spans, 64, None, torch.float32), pool, case.q, case.scale)
+    basis = drawn(1, 64, None)
+    fill(pool, case, basis, None)
+
+    def attended(batch: AttentionBatch, q: Tensor) -> Tensor:
+        return attend_packed(batch, pool, q, case.scale, basis, None)
+
+    expected = attended(prepare(case.spans, 64, None, torch.float32), case.q)
     kernels_on_the_cpu(monkeypatch)
     batch = prepare(case.spans, 64, None, torch.float32)
     assert batch.paged[0].partitions == 3
-    torch.testing.assert_close(attend_packed(batch, pool, case.q, case.scale), expected, rtol=1e-4, atol=1e-5)
+    found = attended(batch, case.q)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     alone = prepare([replace(case.spans[1], row=0)], 64, None, torch.float32)
-    row = attend_packed(alone, pool, case.q[1:], case.scale)
-    assert torch.equal(row, attend_packed(batch, pool, case.q, case.scale)[1:])
+    torch.testing.assert_close(attended(alone, case.q[1:]), found[1:], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", ["mistral", "gpt2"])
@@ -127,4 +143,3 @@ def test_the_engine_gives_the_same_with_and_without_kernels(
     without = run()
     kernels_on_the_cpu(monkeypatch)
     assert run() == without
-

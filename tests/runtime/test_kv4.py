@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from flexbatch.checkpoint.locate import locate
+from flexbatch.kernels.kv4_basis import Basis
 from flexbatch.options import EngineOptions
 from flexbatch.policy.workload import Workload
 from flexbatch.requests import Result, TokenizedRequest
@@ -58,10 +60,20 @@ def run(path: Path, requests: list[TokenizedRequest], **options: Any) -> list[Re
         return list(engine.run(requests))
 
 
+def bases_of(path: Path) -> list[Basis]:
+    """What an engine finds for the model."""
+    request = requests_of([Row((1, 2), 1, (), (), ())])
+    with Engine(locate(str(path)), None, EngineOptions(device="cpu", kv_bits=4), Workload.of(request)) as engine:
+        list(engine.run(request))
+        assert engine._packing is not None
+        return engine._packing.bases(torch.device("cpu"))
+
+
 def oracle(path: Path, family: str, seed: int, count: int = 8, longest: int = 70) -> list[Row]:
     rng = random.Random(seed)
     tiny_checkpoint(path, family, "random", seed=seed, shards=1 + seed % 3, rng=rng)
-    return generate_packed(path, ragged_rows(rng, locate(str(path)).shape.vocab_size, count, longest=longest, new=10))
+    vocab = locate(str(path)).shape.vocab_size
+    return generate_packed(path, ragged_rows(rng, vocab, count, longest=longest, new=10), bases_of(path))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
