@@ -36,7 +36,7 @@ _LARGEST = 65504.0  # in fp16
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Meeting:
-    """Queries as packed keys want them: ``q`` [T, heads, D] for what is stored, ``means`` for ``turns``, or both None."""
+    """Queries as packed keys want them: ``q`` [T, heads, D] for what is stored, ``means`` for ``turns`` (or None)."""
 
     q: Tensor
     means: Tensor | None
@@ -114,7 +114,7 @@ def attend_packed(
 
     q [T, heads, D]; layer uint8 [pages, kv_heads, 2, P, row_bytes] -> [T, heads, D]. ``turns`` as in ``store_packed``,
     for whole pages. All keys are read as they are stored, so a token's result does not depend on how its prompt was
-    cut. Scratch memory on a CPU: a few MB of unpacked pages and one number of D for each page and head; for a chunk, one
+    cut. Scratch memory on a CPU: a few MB of unpacked pages and a row of D for each page and head; for a chunk, one
     head's keys and values of its context in fp32.
     """
     if batch.paged:

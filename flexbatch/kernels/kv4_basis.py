@@ -94,7 +94,7 @@ class Basis:
 
 
 def turned(means: Tensor, turns: Tensor | None) -> Tensor:
-    """means [kv_heads, D] at positions whose cosines and sines are ``turns`` [T, D] -> [T, kv_heads, D].
+    """Means [kv_heads, D] at positions whose cosines and sines are ``turns`` [T, D] -> [T, kv_heads, D].
 
     Without rotary embedding (None) they are the same everywhere, [1, kv_heads, D], and softmax does not see them.
     """

@@ -149,7 +149,7 @@ def _scales_at(
     KEYS: tl.constexpr,
     AT: tl.constexpr,
 ) -> tl.tensor:
-    """The scale (AT 0) or minimum (AT 2) of every byte of codes of ``rows``, [KEYS, WIDTH], or [KEYS, 1] of one group."""
+    """The scale (AT 0) or minimum (AT 2) of every byte of codes of ``rows`` [KEYS, WIDTH]; [KEYS, 1] of one group."""
     if GROUPS == 1:
         return _half_at(rows + HALF + AT, known)[:, None]
     groups = tl.arange(0, PADDED)

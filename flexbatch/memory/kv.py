@@ -2,8 +2,8 @@
 
 A page holds ``page_tokens`` tokens of one layer, [kv_heads, 2, page_tokens, head_dim], so that the keys (or values) of
 any run of pages are one batch of matrices with a single stride: a batched product reads them where they are. In 4 bits
-it is uint8 [kv_heads, 2, page_tokens, bytes of a packed head] (see ``kernels.kv4``), on every tier and on its way. Which
-sequence holds which page is not its concern.
+it is uint8 [kv_heads, 2, page_tokens, bytes of a packed head] (see ``kernels.kv4``), on every tier and on its way.
+Which sequence holds which page is not its concern.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class PageShape:
         return kv_page_bytes(self.page_tokens, self._row_bytes, self.bits)
 
     def view(self, raw: Tensor) -> Tensor:
-        """uint8 [n * nbytes] -> [n, kv_heads, 2, page_tokens, head_dim], or packed heads; between those may be a gap."""
+        """uint8 [n * nbytes] -> [n, kv_heads, 2, page_tokens, head_dim], or packed heads (pages apart)."""
         if self.bits == 16:
             return raw.view(self.dtype).view(-1, self.kv_heads, 2, self.page_tokens, self.head_dim)
         pages = raw.view(-1, self.nbytes)[:, : self.page_tokens * self._row_bytes]

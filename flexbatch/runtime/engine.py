@@ -11,12 +11,13 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 
 from flexbatch.checkpoint.locate import ModelFolder
 from flexbatch.checkpoint.reader import open_checkpoint
+from flexbatch.errors import UsageError
 from flexbatch.kernels.rotary import RotaryTable
 from flexbatch.kernels.sampling import NO_TOKEN
 from flexbatch.memory.direct import DirectReader
@@ -49,6 +50,7 @@ from flexbatch.scheduler.scheduler import Scheduler
 from flexbatch.scheduler.sequence import Sequence
 from flexbatch.scheduler.steps import Step
 from flexbatch.scheduler.sweep import Slice, Sweep
+from flexbatch.shapes import ModelShape
 from flexbatch.text.codec import TextCodec
 from flexbatch.text.stops import TextStream
 from flexbatch.units import MIB
@@ -94,7 +96,7 @@ class Engine:
         self._folder = folder
         self._codec = codec
         # Weights run in 16 bits only: ``auto`` has one choice.
-        self._options = replace(options, weight_bits=16)
+        self._options = replace(options, weight_bits=16, kv_bits=_kv_bits(options, folder.shape))
         self._shape = folder.shape
         self._family = family_of(folder.shape)
         table = self._family.table(folder.shape)
@@ -469,3 +471,12 @@ class Engine:
 def _pool_of(plan: Plan) -> tuple[dict[str, int], int, int]:
     """What the pools of pages depend on."""
     return dict(plan.kv_pages), plan.page_tokens, plan.kv_bits
+
+
+def _kv_bits(options: EngineOptions, shape: ModelShape) -> Literal[16, 4] | None:
+    """What is asked for, as far as heads can be packed. Raises UsageError if they cannot, and have to."""
+    if shape.head_dim % 2 == 0:
+        return options.kv_bits
+    if options.kv_bits == 4:
+        raise UsageError(f"--kv-bits 4: heads of odd width (head_dim {shape.head_dim}) are not packed: use 16")
+    return 16

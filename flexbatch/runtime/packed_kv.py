@@ -5,7 +5,6 @@ The bases come from a sweep over a few fixed texts, so that they depend on the m
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from importlib import resources
 
@@ -49,7 +48,7 @@ class PackedKV:
             self._bases[device] = [basis.to(device) for basis in self._bases[_HOST]]
         return self._bases[device]
 
-    def observe(self, layer: int, state: MicroBatchState, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def observe(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Note what ``layer`` makes of one whole sequence, and attend without any cache."""
         self._finders[layer].add(q, k, v)
         span = Span(0, q.shape[0], 0, ())
@@ -106,6 +105,5 @@ def _sequences(shape: ModelShape, codec: TextCodec | None) -> Iterator[tuple[int
         text = resources.files("flexbatch").joinpath("assets/calibration.txt").read_text(encoding="utf-8")
         yield from codec.encode_many(text.strip().split("\n----\n"))
         return
-    rng = random.Random(0)
-    for _ in range(_DRAWN):
-        yield tuple(rng.randrange(shape.vocab_size) for _ in range(CALIBRATION_TOKENS))
+    drawn = torch.randint(shape.vocab_size, (_DRAWN, CALIBRATION_TOKENS), generator=torch.Generator().manual_seed(0))
+    yield from (tuple(ids) for ids in drawn.tolist())

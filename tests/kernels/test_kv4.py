@@ -17,7 +17,7 @@ from flexbatch.kernels.kv4_basis import Basis, BasisFinder, rotation, turned
 from flexbatch.kernels.rotary import RotaryTable, apply_rotary
 from flexbatch.policy.footprint import kv_group, kv_head_bytes
 from flexbatch.shapes import Rope
-from tests.kernels.paged_cases import Case, Shape, assert_near, build, dense, random_shape
+from tests.kernels.paged_cases import Case, Shape, build, dense, random_shape
 
 CPU = torch.device("cpu")
 DIMS = (8, 20, 48, 64, 80, 128)
@@ -156,7 +156,7 @@ def test_a_basis_takes_away_what_keys_have_in_common(rotary: bool) -> None:
     finder = BasisFinder()
     for _ in range(3):
         finder.add(*draw(200))
-    q, k, v = draw(256)
+    q, k, _ = draw(256)
     positions = torch.arange(256)
     errors = []
     for basis in (Basis.plain(2, 64), finder.find(turns)):

@@ -1,4 +1,4 @@
-"""The kernels over packed KV without a GPU: interpreted against the reference, and compiled for one that is not there."""
+"""The kernels over packed KV without a GPU: interpreted, and compiled for one that is not there."""
 
 from __future__ import annotations
 
