@@ -18,8 +18,8 @@ BLOCK = 4096
 """Bytes that a disk reads and writes at least."""
 KV_TILE_BYTES = 4 << 20
 """Numbers of packed KV that are in fp32 at a time, in bytes, where that does not depend on a context's length."""
-CALIBRATION_TOKENS = 256
-"""Tokens of a sequence by which the basis of packed KV is found."""
+CALIBRATION_SEQUENCES, CALIBRATION_TOKENS = 3, 256
+"""How many sequences the basis of packed KV is found from, and how many tokens each has at most."""
 _SCALES = 4  # bytes of a group's 16-bit scale and minimum
 _PADDING = 32  # a page of packed KV grows by at most a 32nd to fill blocks
 
@@ -140,12 +140,16 @@ class ModelSize:
     def _packing_bytes(self, tokens: int, context: int) -> int:
         """Scratch memory, in fp32, of packing the keys and values of ``tokens`` and of attending to packed ones.
 
-        Keys and queries turned, and what is attended; tiles; one head's keys and values of a whole context.
+        Keys and queries turned, and what is attended; tiles; one head's keys and values of a whole context, and what
+        is added to them; what the basis is found from, of two layers.
         """
         shape = self.shape
         turned = tokens * (3 * shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim * 4
         row = 2 * shape.head_dim * 4
-        return turned + 6 * min(KV_TILE_BYTES, tokens * shape.num_kv_heads * row) + KV_TILE_BYTES + 2 * context * row
+        tiles = 6 * min(KV_TILE_BYTES, tokens * shape.num_kv_heads * row) + KV_TILE_BYTES
+        chunk = 4 * min(context * shape.num_kv_heads * row, max(KV_TILE_BYTES, context * row))
+        seen = 2 * CALIBRATION_SEQUENCES * CALIBRATION_TOKENS * self.qkv_width * 4
+        return turned + tiles + max(chunk, seen)
 
     def linear_flops(self, tokens: int, logit_rows: int) -> int:
         """Multiply-adds (two FLOPs each) of every matrix product for ``tokens`` tokens, ``logit_rows`` of them read."""

@@ -9,7 +9,6 @@ and spread over all channels. Scores stay what they were. Knows neither pages no
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -115,9 +114,13 @@ class BasisFinder:
     def __init__(self) -> None:
         self._seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def add(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """One whole sequence from its first token on: q [T, heads, D], k and v [T, kv_heads, D]; kept until the end."""
+    def add(self, q: Tensor, k: Tensor, v: Tensor) -> int:
+        """One whole sequence from its first token on: q [T, heads, D], k and v [T, kv_heads, D]; how many there are.
+
+        They are kept, in fp32 on the CPU.
+        """
         self._seen.append((q.float().cpu(), k.float().cpu(), v.float().cpu()))
+        return len(self._seen)
 
     def find(self, turns: Tensor | None) -> Basis:
         """The basis for what was added; ``turns`` [L, D] as in ``turned``, on the CPU."""
@@ -145,11 +148,6 @@ class BasisFinder:
             first_keys=torch.matmul(first.unsqueeze(1), forth).squeeze(1),
             first_values=values @ turn,
         )
-
-
-def find_bases(finders: Sequence[BasisFinder], turns: Tensor | None) -> list[Basis]:
-    """One basis a layer."""
-    return [finder.find(turns) for finder in finders]
 
 
 def _turned_back(k: Tensor, turns: Tensor | None) -> Tensor:

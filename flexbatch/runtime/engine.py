@@ -38,7 +38,7 @@ from flexbatch.runtime.allocator import keep_freed_blocks
 from flexbatch.runtime.hardware import peak_rss, product_rate
 from flexbatch.runtime.hidden import HiddenMoves
 from flexbatch.runtime.micro_batch import Readout
-from flexbatch.runtime.packed_kv import PackedKV, calibration_sweep
+from flexbatch.runtime.packed_kv import PackedKV
 from flexbatch.runtime.profile_cache import machine_profile
 from flexbatch.runtime.setup import allocate_kv, disk_folder, machine_for, open_device
 from flexbatch.runtime.sweep_runner import SweepRunner
@@ -338,8 +338,7 @@ class Engine:
         if self._packing is None or not self._packing.observes:
             return
         started = time.perf_counter()
-        hidden = self._device.compute
-        runner.run(calibration_sweep(self._shape, self._codec, self._device.compute, hidden), more=True)
+        runner.run(self._packing.sweep(self._codec, self._device.compute), more=True)
         self._packing.settle()
         self._load_s += time.perf_counter() - started
 

@@ -15,7 +15,7 @@ from flexbatch.kernels.attention import AttentionBatch, Span, attend_chunk
 from flexbatch.kernels.kv4 import attend_packed, store_packed
 from flexbatch.kernels.kv4_basis import Basis, BasisFinder
 from flexbatch.kernels.rotary import RotaryTable
-from flexbatch.policy.footprint import CALIBRATION_TOKENS
+from flexbatch.policy.footprint import CALIBRATION_SEQUENCES, CALIBRATION_TOKENS
 from flexbatch.requests import Request, TokenizedRequest
 from flexbatch.runtime.micro_batch import MicroBatchState
 from flexbatch.sampling import SamplingParams
@@ -24,7 +24,6 @@ from flexbatch.scheduler.sweep import MicroBatch, Slice, Sweep
 from flexbatch.shapes import ModelShape
 from flexbatch.text.codec import TextCodec
 
-_DRAWN = 3  # sequences of random tokens, where there is no tokenizer
 _HOST = torch.device("cpu")
 
 
@@ -33,7 +32,9 @@ class PackedKV:
 
     def __init__(self, shape: ModelShape) -> None:
         self._shape = shape
-        self._finders = [BasisFinder() for _ in range(shape.num_layers)]
+        self._finders: dict[int, BasisFinder] = {}
+        self._found: dict[int, Basis] = {}
+        self._sequences = 0
         self._bases: dict[torch.device, list[Basis]] = {}
         self._tables: dict[torch.device, RotaryTable] = {}
 
@@ -48,17 +49,31 @@ class PackedKV:
             self._bases[device] = [basis.to(device) for basis in self._bases[_HOST]]
         return self._bases[device]
 
+    def sweep(self, codec: TextCodec | None, tier: str) -> Sweep:
+        """One micro-batch for each of the texts, computed and kept on ``tier``; to be run with ``observe``."""
+        longest = min(CALIBRATION_TOKENS, self._shape.max_positions)
+        batches = []
+        for index, ids in enumerate(_sequences(self._shape, codec)):
+            tokens, params = tuple(ids[:longest]), SamplingParams(max_tokens=0)
+            source = TokenizedRequest(Request(str(index), params, tokens), index, tokens)
+            sequence = Sequence.of(source, self._shape.max_positions)
+            sequence.pages.pages.extend([0] * len(tokens))  # none is touched
+            whole = Slice(sequence, 0, len(tokens), samples=False, score_from=len(tokens), score_to=len(tokens))
+            batches.append(MicroBatch((whole,), kv=tier, hidden=tier))
+        self._sequences = len(batches)
+        return Sweep(0, tuple(batches))
+
     def observe(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Note what ``layer`` makes of one whole sequence, and attend without any cache."""
-        self._finders[layer].add(q, k, v)
+        finder = self._finders.setdefault(layer, BasisFinder())
+        if finder.add(q, k, v) == self._sequences:  # all of them pass a layer before the next but one
+            self._found[layer] = self._finders.pop(layer).find(self._turns(_HOST, CALIBRATION_TOKENS))
         span = Span(0, q.shape[0], 0, ())
         return attend_chunk(span, k, q, k, v, scale, self._shape.windows[layer])
 
     def settle(self) -> None:
-        """Find the bases from what was observed."""
-        turns = self._turns(_HOST, CALIBRATION_TOKENS)
-        self._bases[_HOST] = [finder.find(turns) for finder in self._finders]
-        self._finders = []
+        """All has been observed."""
+        self._bases[_HOST] = [self._found.pop(layer) for layer in range(self._shape.num_layers)]
 
     def attend(
         self,
@@ -84,26 +99,11 @@ class PackedKV:
         return self._tables[device].turns(length)
 
 
-def calibration_sweep(shape: ModelShape, codec: TextCodec | None, tier: str, hidden: str) -> Sweep:
-    """One micro-batch for each of the texts, whose attention is computed where ``tier`` is."""
-    longest = min(CALIBRATION_TOKENS, shape.max_positions)
-    batches = []
-    for index, ids in enumerate(_sequences(shape, codec)):
-        tokens = tuple(ids[:longest])
-        params = SamplingParams(max_tokens=0)
-        sequence = Sequence.of(
-            TokenizedRequest(Request(str(index), params, tokens), index, tokens), shape.max_positions
-        )
-        sequence.pages.pages.extend([0] * len(tokens))
-        whole = Slice(sequence, 0, len(tokens), samples=False, score_from=len(tokens), score_to=len(tokens))
-        batches.append(MicroBatch((whole,), kv=tier, hidden=hidden))
-    return Sweep(0, tuple(batches))
-
-
 def _sequences(shape: ModelShape, codec: TextCodec | None) -> Iterator[tuple[int, ...]]:
     if codec is not None:
         text = resources.files("flexbatch").joinpath("assets/calibration.txt").read_text(encoding="utf-8")
         yield from codec.encode_many(text.strip().split("\n----\n"))
         return
-    drawn = torch.randint(shape.vocab_size, (_DRAWN, CALIBRATION_TOKENS), generator=torch.Generator().manual_seed(0))
-    yield from (tuple(ids) for ids in drawn.tolist())
+    generator = torch.Generator().manual_seed(0)
+    size = (CALIBRATION_SEQUENCES, CALIBRATION_TOKENS)
+    yield from (tuple(ids) for ids in torch.randint(shape.vocab_size, size, generator=generator).tolist())
