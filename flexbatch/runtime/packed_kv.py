@@ -5,7 +5,7 @@ The bases come from a sweep over a few fixed texts, so that they depend on the m
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import resources
 
 import torch
@@ -44,10 +44,18 @@ class PackedKV:
         return not self._bases
 
     def bases(self, device: torch.device) -> list[Basis]:
-        """The basis of every layer, on ``device``."""
+        """The basis of every layer, on ``device``; what was not there before only one thread may ask for."""
         if device not in self._bases:
             self._bases[device] = [basis.to(device) for basis in self._bases[_HOST]]
         return self._bases[device]
+
+    def prepare(self, states: Iterable[MicroBatchState], page_tokens: int) -> None:
+        """Bring what ``attend`` reads to where it is read, before several threads do so."""
+        if self.observes:
+            return
+        for state in states:
+            self.bases(state.attends)
+            self._turns(state.attends, state.length + page_tokens)
 
     def sweep(self, codec: TextCodec | None, tier: str) -> Sweep:
         """One micro-batch for each of the texts, computed and kept on ``tier``; to be run with ``observe``."""

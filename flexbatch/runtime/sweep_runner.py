@@ -131,6 +131,8 @@ class SweepRunner:
             offset += align_up(state.hidden_bytes)
             flight.states.append(state)
             flight.readouts.append([])
+        if self._packing is not None:
+            self._packing.prepare(flight.states, self._plan.page_tokens)
         self._flight = flight
         lowered = self._lowerer.lower(sweep, more=more)
         with torch.inference_mode():
