@@ -28,6 +28,7 @@ from flexbatch.kernels.kv4 import pack_rows, unpack_rows
 from flexbatch.kernels.kv4_basis import Basis, BasisFinder, turned
 from flexbatch.policy.footprint import CALIBRATION_TOKENS
 
+WEIGHTS = ("16 bit", "search")
 RESULTS = Path(__file__).resolve().parent / "results" / "accuracy_kv4.json"
 Attention = Callable[..., tuple[Tensor, None]]
 
@@ -92,13 +93,13 @@ def attend_as(subject: Subject, attention: Attention) -> None:
     subject.model.set_attn_implementation("kv4")
 
 
-def measure(subject: Subject) -> dict[str, dict[str, float]]:
-    """All rows of one model's table: by setting, the perplexity of each test."""
+def measure(subject: Subject, weights: Sequence[str]) -> dict[str, dict[str, float]]:
+    """The rows of one model's table for ``weights``: by setting, the perplexity of each test."""
     rows: dict[str, dict[str, float]] = {}
     config = subject.model.config
     turns = rotary(subject, TOKENS)
     shape = (config.num_key_value_heads, config.hidden_size // config.num_attention_heads)
-    for name in ("16 bit", "search"):
+    for name in weights:
         if name == "search":
             subject.put(lambda weight: dequantize(quantize(weight)))
         subject.model.set_attn_implementation("sdpa")
@@ -120,11 +121,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smollm2", type=Path)
     parser.add_argument("--texts", type=Path)
+    parser.add_argument("--weights", choices=WEIGHTS, action="append", help="default: both")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    tables: dict[str, dict[str, dict[str, float]]] = {}
-    if options.output.exists():
-        tables = json.loads(options.output.read_text(encoding="utf-8"))
+    weights = options.weights or WEIGHTS
     if options.smollm2 is not None and options.texts is not None:
         subject = Subject(options.smollm2)
         places = {
@@ -132,17 +132,21 @@ def main() -> None:
             "Emma, later": ("austen-emma", 300_000),
             "Alice": ("carroll-alice", 20_000),
         }
-        for name, (book, start) in places.items():
+        for test, (book, start) in places.items():
             text = (options.texts / f"{book}.txt").read_text(encoding="utf-8")[start : start + 8 * TOKENS]
-            subject.tests[name] = [subject.encode(text)[:, :TOKENS]]
-        tables["SmolLM2-135M-Instruct"] = measure(subject)
+            subject.tests[test] = [subject.encode(text)[:, :TOKENS]]
+        name, rows = "SmolLM2-135M-Instruct", measure(subject, weights)
     else:
         subject = Subject(DEMO)
         torch.manual_seed(0)
         start_ids = torch.tensor([[subject.model.config.bos_token_id]])
         settings = {"do_sample": True, "top_k": 0, "max_new_tokens": 255, "attention_mask": torch.ones_like(start_ids)}
         subject.tests = {"own samples": [subject.model.generate(start_ids, **settings) for _ in range(8)]}
-        tables["stories15m"] = measure(subject)
+        name, rows = "stories15m", measure(subject, weights)
+    tables: dict[str, dict[str, dict[str, float]]] = {}
+    if options.output.exists():
+        tables = json.loads(options.output.read_text(encoding="utf-8"))
+    tables[name] = tables.get(name, {}) | rows
     options.output.write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")
     print(markdown(tables))
 
