@@ -19,12 +19,13 @@ from flexbatch.policy.plan import TIERS, TierMemory
 from flexbatch.policy.profile import HardwareProfile
 from flexbatch.policy.program import Problem, Solution, solve_all
 from flexbatch.policy.steady import TIER_OF, Bounds, Choice, kv_name, steady_state
-from flexbatch.policy.weights import WeightPlacement, deal
+from flexbatch.policy.weights import WeightPlacement, deal, grown_ring
 from flexbatch.policy.workload import Mean, Workload
 from flexbatch.units import Shares
 
 _ATTEMPTS = 6
 _AS_GOOD = 0.97  # of the shares' rate: what whole tensors may cost
+_SOLVER_SLACK = 1e-4  # what a solver leaves of a whole number is not a sequence less
 _LEAST_PACE = 256  # prompt tokens a sweep: products of fewer rows than this run below their best rate
 
 
@@ -208,7 +209,7 @@ def _whole(shop: Shop, trial: Trial, hasty: bool) -> Candidate | None:
     total = sum(parts.values())
     used: tuple[Way, ...] = tuple(way for way in choice.ways if parts[way] > 1e-3 * total)
     ways = {way: parts[way] / sum(parts[other] for other in used) for way in used}
-    sequences = max(1, math.floor(total + 1e-6))
+    sequences = max(1, math.floor(total * (1 + _SOLVER_SLACK)))
     steady, wide = _paces(choice, mean, sequences)
     if hasty and wide == steady:
         return None
@@ -219,8 +220,10 @@ def _whole(shop: Shop, trial: Trial, hasty: bool) -> Candidate | None:
     memory = shop.memory(choice, trial.placement, pages, sequences)
     if any(used_bytes.total > used_bytes.budget for used_bytes in memory.values()):
         return None
+    placement = _roomier(trial.placement, memory)
+    memory = shop.memory(choice, placement, pages, sequences)
     last = len(shop.size.groups) - 1
-    weights = traffic(shop.resized(choice), trial.placement.tiers, choice.precision, shop.machine.compute, last)
+    weights = traffic(shop.resized(choice), placement.tiers, choice.precision, shop.machine.compute, last)
     setting = Setting(
         choice=choice,
         cost=shop.cost(choice),
@@ -232,7 +235,17 @@ def _whole(shop: Shop, trial: Trial, hasty: bool) -> Candidate | None:
         pages=sum(pages.values()),
         overlap=shop.options.overlap,
     )
-    return Candidate(choice, trial.placement, pages, memory, setting)
+    return Candidate(choice, placement, pages, memory, setting)
+
+
+def _roomier(placement: WeightPlacement, memory: Mapping[str, TierMemory]) -> WeightPlacement:
+    """What memory is left lets more weights be on their way, so that transfers do not wait for products."""
+    left = {tier: max(0, held.budget - held.total) for tier, held in memory.items()}
+    return replace(
+        placement,
+        host_ring=grown_ring(placement.reads, left["cpu"]),
+        gpu_ring=grown_ring(placement.uploads, left["gpu"]),
+    )
 
 
 def _paces(choice: Choice, mean: Mean, sequences: int) -> tuple[int, int]:

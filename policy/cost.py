@@ -72,13 +72,13 @@ class Load:
 class Traffic:
     """Weights by group: bytes ``read`` from disk and ``uploaded`` each sweep, weights ``widened`` before a product.
 
-    ``gather``: what fetches rows of the token embedding, if it does not rest where products run.
+    ``gather``: the tier that rows of the token embedding come from, if it does not rest where products run.
     """
 
     read: Mapping[int, float] = field(default_factory=dict)
     uploaded: Mapping[int, float] = field(default_factory=dict)
     widened: Mapping[int, float] = field(default_factory=dict)
-    gather: Resource | None = None
+    gather: str | None = None
 
     def shortened(self, layers: int, kept: int) -> Traffic:
         """For a model of which ``kept`` layers stay: each with what a mean one of the ``layers`` has."""
@@ -99,11 +99,11 @@ def traffic(
     read: dict[int, float] = defaultdict(float)
     uploaded: dict[int, float] = defaultdict(float)
     widened: dict[int, float] = defaultdict(float)
-    gather: Resource | None = None
+    gather: str | None = None
     for unit in units:
         tier = tiers[unit.key]
         if unit.table and tier != compute:
-            gather = "disk_read" if tier == "disk" else "cpu"
+            gather = tier
         for group in unit.groups:
             if group == 0 and unit.table:
                 continue  # looked up in row by row
@@ -315,8 +315,9 @@ class Cost:
                 return least + self.product_s(kind, group, load, part * weights.widened.get(group, 0.0))
             case "attend":
                 return self.step_s(resource) + self.attend_s(resource, load)
-            case "gather" if resource == "cpu":
-                return self.step_s(resource)
+            case "gather":
+                rows = self.moved(kind, load) if weights.gather == "disk" else 0.0
+                return self.step_s(resource) + self.link_s("disk_read", rows)
             case "adapter_read" | "adapter_up":
                 return 0.0  # the steady state has its adapters in place
             case _:
@@ -337,14 +338,14 @@ class Cost:
         layers, last = self.size.shape.num_layers, len(self.size.groups) - 1
         spent: dict[str, float] = defaultdict(float)
         widened = sum(weights.widened.get(group, 0.0) for group in range(1, last)) / layers
-        mean = Traffic(widened={**weights.widened, 1: widened})
+        mean = Traffic(widened={**weights.widened, 1: widened}, gather=weights.gather)
         for kind, resource, where in self._batch_steps(way, hidden, weights.gather):
             group, count = {"embed": (0, 1), "layer": (1, layers), "head": (last, 1)}[where]
             spent[resource] += count * self.seconds(kind, resource, group, load, mean)
         return dict(spent)
 
     def _batch_steps(
-        self, way: Way, hidden: str, gather: Resource | None
+        self, way: Way, hidden: str, gather: str | None
     ) -> list[tuple[Kind, Resource, Literal["embed", "layer", "head"]]]:
         """The Steps that the lowering makes of a micro-batch, and in which groups."""
         on_gpu = self.compute == "gpu"
@@ -362,7 +363,7 @@ class Cost:
         if attends != self.compute:
             layer += [("qkv_down", "d2h"), ("attended_up", "h2d")]
         layer += [("finish", self.compute), *outs]
-        embed: list[tuple[Kind, Resource]] = [("gather", gather)] if gather is not None else []
+        embed: list[tuple[Kind, Resource]] = [("gather", "cpu")] if gather is not None else []
         embed += [("embed", self.compute), *outs]
         return [
             *((kind, resource, "embed") for kind, resource in embed),

@@ -21,7 +21,7 @@ from flexbatch.policy.footprint import (
 )
 from flexbatch.policy.machine import LANES, Machine
 from flexbatch.policy.plan import TIERS, TierMemory
-from flexbatch.policy.weights import GPU_SLOTS, HOST_SLOTS, WeightPlacement
+from flexbatch.policy.weights import BLOCK, WeightPlacement
 from flexbatch.policy.workload import Workload
 from flexbatch.units import MIB, Shares
 
@@ -153,10 +153,10 @@ def account(
         moves = kv_pages.get("cpu") or kv_pages.get("disk")
         working["gpu"] = scratch + (lanes if moves else 0)
         working["gpu"] += 2 * cut.batch_tokens * size.hidden_token_bytes(dtype)
-        weights["gpu"] += GPU_SLOTS * placement.gpu_slot + small
+        weights["gpu"] += placement.gpu_ring + small
     else:
         weights["cpu"] += small
-    weights["cpu"] += HOST_SLOTS * placement.host_slot
+    weights["cpu"] += placement.host_ring
     shares = {"gpu": hidden.gpu, "cpu": hidden.cpu, "disk": hidden.disk}
     held = {tier: int(share * waiting) + (BLOCK if share > 0 else 0) for tier, share in shares.items()}
     if compute == "cpu":

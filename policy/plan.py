@@ -45,8 +45,8 @@ class Plan:
     ``micro_batch_sequences`` sequences (block). ``logit_rows`` rows of logits exist at a time.
     ``staged_pages``: how many KV pages a micro-batch of that tier may bring along where they have to be moved to be
     attended to. ``gpu_attention``: what a GPU attends to of KV that rests below it: all prompts, and this share of the
-    decoding sequences (None: nothing, or everything if ``cpu_attention`` is 0). ``host_slots`` and ``gpu_slots`` groups
-    of weights are on their way at a time.
+    decoding sequences (None: nothing, or everything if ``cpu_attention`` is 0). Weights on their way
+    pass through ``host_ring`` and ``gpu_ring`` bytes.
     """
 
     model: str
@@ -71,8 +71,8 @@ class Plan:
     logit_rows: int
     staged_pages: Mapping[str, int] = field(default_factory=dict)
     gpu_attention: float | None = None
-    host_slots: int = 0
-    gpu_slots: int = 0
+    host_ring: int = 0
+    gpu_ring: int = 0
     schedule: Schedule = "continuous"
     overlap: bool = True
     memory: Mapping[str, TierMemory] = field(default_factory=dict)

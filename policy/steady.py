@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from flexbatch.policy.cost import Cost, Load, Precision, Traffic, Way, traffic
 from flexbatch.policy.footprint import UnitSize
 from flexbatch.policy.machine import LANES, Machine
-from flexbatch.policy.memory import BLOCK, Cut, resident_bytes
+from flexbatch.policy.memory import Cut, resident_bytes
 from flexbatch.policy.program import Problem, Row
-from flexbatch.policy.weights import GPU_SLOTS, HOST_SLOTS, RANGE_SLACK, WeightPlacement
+from flexbatch.policy.weights import BLOCK, RANGE_SLACK, WeightPlacement
 from flexbatch.policy.workload import Mean
 from flexbatch.units import Shares
 
@@ -67,7 +67,8 @@ def steady_state(
 ) -> Problem:
     """The program of one choice. With ``placement`` the weights stand where it says; else their shares are variables.
 
-    Variables: ``weights_TIER`` (shares of the layers' bytes), ``slot_gpu`` and ``slot_host`` (buffers, in layers),
+    Variables: ``weights_TIER`` (shares of the layers' bytes), ``ring_gpu`` and ``ring_host`` (what streams
+    pass through, in layers),
     ``sequences_WAY``. Times are seconds a sweep, ``disk`` is reading and writing together; limits are bytes of a tier,
     or counts.
     """
@@ -153,8 +154,8 @@ def _given(placement: WeightPlacement, cost: Cost, units: Sequence[UnitSize], ma
         tier = placement.tiers[unit.key]
         if tier != "disk":
             memory[tier] += resident_bytes(unit, tier, cost.precision, machine.compute)
-    memory["gpu"] += GPU_SLOTS * placement.gpu_slot
-    memory["cpu"] += HOST_SLOTS * placement.host_slot
+    memory["gpu"] += placement.gpu_ring
+    memory["cpu"] += placement.host_ring
     return _Weights(
         times={resource: Row({}, seconds) for resource, seconds in cost.weights_s(moving).items()},
         memory={tier: Row({}, held) for tier, held in memory.items()},
@@ -194,18 +195,24 @@ def _free(choice: Choice, cost: Cost, units: Sequence[UnitSize], machine: Machin
     if compute == "gpu":
         up = {names[tier]: cost.link_s("h2d", total) for tier in tiers if tier != "gpu"}
         times["h2d"] = Row(up, seconds["h2d"])
-        memory["gpu"] = Row({"slot_gpu": GPU_SLOTS * layer, **({names["gpu"]: total} if "gpu" in names else {})})
-        limits["slot_gpu"] = Row({**{names[tier]: 1.0 for tier in tiers if tier != "gpu"}, "slot_gpu": -1.0})
-        limits["slot_gpu_edges"] = Row({"slot_gpu": -1.0}, _largest(moving.uploaded) / layer)
+        memory["gpu"] = Row({"ring_gpu": layer, **({names["gpu"]: total} if "gpu" in names else {})})
+        limits |= _ring("ring_gpu", [names[tier] for tier in tiers if tier != "gpu"], _largest(moving.uploaded) / layer)
     resident = float(sum(resident_bytes(unit, "cpu", choice.precision, compute) for unit in layers))
-    memory["cpu"] = Row({"slot_host": HOST_SLOTS * layer, **({names["cpu"]: resident} if "cpu" in names else {})})
-    from_disk = {names["disk"]: 1.0} if "disk" in names else {}
-    limits["slot_host"] = Row({**from_disk, "slot_host": -1.0})
-    limits["slot_host_edges"] = Row({"slot_host": -1.0}, _largest(moving.read) / layer)
+    memory["cpu"] = Row({"ring_host": layer, **({names["cpu"]: resident} if "cpu" in names else {})})
+    limits |= _ring("ring_host", [names["disk"]] if "disk" in names else [], _largest(moving.read) / layer)
     if choice.edges != "disk":
         at_edges = sum(resident_bytes(unit, choice.edges, choice.precision, compute) for unit in edges)
         memory[choice.edges] = memory[choice.edges] + Row({}, float(at_edges))
     return _Weights(times, memory, limits, {"weights": Row(dict.fromkeys(names.values(), 1.0), -1.0)}, moving)
+
+
+def _ring(name: str, streamed: Sequence[str], edge: float) -> dict[str, Row]:
+    """A ring holds two layers' parts at least, or one beside the largest of the ``edge`` groups (in layers)."""
+    shares = dict.fromkeys(streamed, 1.0)
+    return {
+        name: Row({**dict.fromkeys(streamed, 2.0), name: -1.0}),
+        f"{name}_edges": Row({**(shares if edge else {}), name: -1.0}, edge),
+    }
 
 
 def _largest(by_group: Mapping[int, float]) -> float:

@@ -16,7 +16,7 @@ from flexbatch.policy.plan import Plan
 from flexbatch.policy.sample import steady_sweep
 from flexbatch.policy.simulator import Simulator, SweepTiming, simulate
 from flexbatch.policy.steady import STAGED, TIER_OF
-from flexbatch.policy.weights import GPU_SLOTS, HOST_SLOTS, WeightPlacement
+from flexbatch.policy.weights import WeightPlacement, least_ring
 from flexbatch.scheduler.lowering import Lowerer, Routes
 from flexbatch.units import Shares
 
@@ -95,18 +95,18 @@ def plan_of(shop: Shop, found: Estimate) -> tuple[Plan, WeightPlacement]:
     return _plan(shop, candidate, predicted), candidate.placement
 
 
-def routes_of(weights: Traffic, num_layers: int, compute: str) -> Routes:
+def routes_of(weights: Traffic, placement: WeightPlacement, num_layers: int, compute: str) -> Routes:
     """How bytes travel in a run whose weights are placed so."""
-    reads = tuple(sorted(group for group, nbytes in weights.read.items() if nbytes))
-    uploads = tuple(sorted(group for group, nbytes in weights.uploaded.items() if nbytes))
+    reads = {group: math.ceil(nbytes) for group, nbytes in sorted(weights.read.items()) if nbytes}
+    uploads = {group: math.ceil(nbytes) for group, nbytes in sorted(weights.uploaded.items()) if nbytes}
     return Routes(
         num_layers=num_layers,
         compute="gpu" if compute == "gpu" else "cpu",
         reads=reads,
         uploads=uploads,
-        host_slots=HOST_SLOTS,
-        gpu_slots=GPU_SLOTS if uploads else 0,
-        gather=weights.gather,
+        host_ring=max(placement.host_ring, least_ring(reads)),
+        gpu_ring=max(placement.gpu_ring, least_ring(uploads)),
+        gather=None if weights.gather is None else "cpu",
         lanes=LANES,
     )
 
@@ -124,7 +124,7 @@ def simulated(
     number = layers or shop.size.shape.num_layers
     cost = setting.cost if layers is None else setting.cost.shortened(layers)
     weights = setting.weights if layers is None else setting.weights.shortened(shop.size.shape.num_layers, layers)
-    lowerer = Lowerer(routes_of(weights, number, shop.machine.compute))
+    lowerer = Lowerer(routes_of(weights, candidate.placement, number, shop.machine.compute))
 
     def sweep(place: int, *, decoding: bool, prompts: bool, prompt_tokens: float | None = None) -> SweepTiming | None:
         made = steady_sweep(
@@ -194,8 +194,8 @@ def _plan(shop: Shop, candidate: Candidate, predicted: dict[str, Any]) -> Plan:
             TIER_OF[way]: cut.staged_pages for way in choice.ways if way in STAGED or (on_gpu and way != "gpu")
         },
         gpu_attention=streams / below if on_gpu and below else None,
-        host_slots=HOST_SLOTS if placement.host_slot else 0,
-        gpu_slots=GPU_SLOTS if placement.gpu_slot else 0,
+        host_ring=placement.host_ring,
+        gpu_ring=placement.gpu_ring,
         schedule=shop.options.schedule,
         overlap=shop.options.overlap,
         memory=candidate.memory,

@@ -1,4 +1,4 @@
-"""Deals weights out to tiers and counts what that takes on each: resident bytes and the slots that streams need."""
+"""Deals weights out to tiers and counts what that takes on each: resident bytes, and rings for what streams."""
 
 from __future__ import annotations
 
@@ -10,21 +10,27 @@ from flexbatch.policy.footprint import UnitSize
 from flexbatch.scheduler.spread import Spread
 from flexbatch.units import KIB, Shares
 
-HOST_SLOTS = 2
-GPU_SLOTS = 2
+_AHEAD = 3  # mean groups that may be on their way beside the largest one, where memory allows
+BLOCK = 4 * KIB  # what disks are read in
 RANGE_SLACK = 3 * 136 * KIB  # what rounding to blocks and reading over small gaps may add to a unit's parts
 
 
 @dataclass(frozen=True, slots=True)
 class WeightPlacement:
-    """``tiers``: unit key -> tier. Bytes: ``gpu`` and ``cpu`` resident there, ``disk`` read every sweep; slots."""
+    """``tiers``: unit key -> tier. Bytes: ``gpu`` and ``cpu`` resident there, ``disk`` read every sweep.
+
+    ``reads`` and ``uploads``: bytes by group that pass through RAM, and through the GPU, in buffers of ``host_ring``
+    and ``gpu_ring`` bytes.
+    """
 
     tiers: Mapping[str, str]
     gpu: int
     cpu: int
     disk: int
-    host_slot: int
-    gpu_slot: int
+    reads: Mapping[int, int]
+    uploads: Mapping[int, int]
+    host_ring: int
+    gpu_ring: int
 
     @property
     def shares(self) -> Shares:
@@ -32,6 +38,24 @@ class WeightPlacement:
         total = max(1, self.gpu + self.cpu + self.disk)
         gpu, cpu = self.gpu / total, self.cpu / total
         return Shares(gpu, cpu, max(0.0, 1 - gpu - cpu))
+
+
+def least_ring(groups: Mapping[int, int]) -> int:
+    """Bytes of a buffer in which every group finds room beside the one before it."""
+    sizes = list(groups.values())
+    if len(sizes) < 2:
+        return sum(sizes)
+    return max(size + following for size, following in zip(sizes, [*sizes[1:], sizes[0]], strict=True))
+
+
+def grown_ring(groups: Mapping[int, int], room: int) -> int:
+    """The least ring and what up to ``room`` more bytes give of those that keep transfers well ahead of their use."""
+    sizes = list(groups.values())
+    if not sizes:
+        return 0
+    wanted = min(sum(sizes), max(sizes) + _AHEAD * sum(sizes) // len(sizes))
+    least = least_ring(groups)
+    return least + max(0, min(wanted - least, room)) // BLOCK * BLOCK
 
 
 def deal(units: Sequence[UnitSize], shares: Shares, *, compute: str, edges: str | None = None) -> WeightPlacement:
@@ -56,11 +80,16 @@ def deal(units: Sequence[UnitSize], shares: Shares, *, compute: str, edges: str 
                 from_disk[group] += unit.nbytes + RANGE_SLACK
             if tier != compute:
                 moving[group] += unit.nbytes + RANGE_SLACK
+    # Whole blocks, so that every place in a ring starts at one.
+    reads = {group: -(-from_disk[group] // BLOCK) * BLOCK for group in sorted(from_disk)}
+    uploads = {group: -(-moving[group] // BLOCK) * BLOCK for group in sorted(moving)} if compute == "gpu" else {}
     return WeightPlacement(
         tiers=tiers,
         gpu=rests["gpu"],
         cpu=rests["cpu"],
         disk=rests["disk"],
-        host_slot=max(from_disk.values(), default=0),
-        gpu_slot=max(moving.values(), default=0) if compute == "gpu" else 0,
+        reads=reads,
+        uploads=uploads,
+        host_ring=least_ring(reads),
+        gpu_ring=least_ring(uploads),
     )

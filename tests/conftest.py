@@ -6,6 +6,8 @@ import os
 import signal
 from pathlib import Path
 
+from hypothesis import settings
+
 # Before anything imports torch, transformers or huggingface_hub, which read these once. Tiny models gain nothing from a
 # second thread, and much is lost where several processes spin for two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,3 +18,7 @@ os.environ["FLEXBATCH_PROFILE"] = str(Path(__file__).parent / "profile.json")
 
 # A shell that starts the tests in the background has them ignore interrupts, which several tests are about.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# A slow example is no failure: the machine may be busy.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")

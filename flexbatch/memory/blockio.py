@@ -16,13 +16,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from flexbatch.memory.aligned import align_down
-from flexbatch.units import MIB
+from flexbatch.units import KIB, MIB
 
 THREADS = 8
 """Requests in flight: two long ones fill a fast disk, short ones need more (see benchmarks/disk_read.py)."""
 REQUEST_BYTES = 4 * MIB
 """The longest request."""
 _MOST_VIEWS = 1024  # Linux takes no more in one call
+_SMALL = 64 * KIB  # bytes of a request
 _OVERSLEPT = 0.001  # seconds by which a sleep may end late: no idle time of a throttled disk
 
 
@@ -169,9 +170,13 @@ class Throttle:
         self._rate = rate
         self._lock = threading.Lock()
         self._free_at = 0.0
+        self._small_at = 0.0
 
     def reserve(self, nbytes: int) -> float:
-        """Return the time (of ``time.monotonic``) before which ``nbytes`` that are asked for now must not be there."""
+        """Return the time (of ``time.monotonic``) before which ``nbytes`` that are asked for now must not be there.
+
+        A disk that serves many requests at a time does not let a small one wait for large ones before it.
+        """
         if self._rate is None:
             return 0.0
         with self._lock:
@@ -179,7 +184,10 @@ class Throttle:
             if now - self._free_at > _OVERSLEPT:
                 self._free_at = now
             self._free_at += nbytes / self._rate
-            return self._free_at
+            if nbytes > _SMALL:
+                return self._free_at
+            self._small_at = max(now, self._small_at) + nbytes / self._rate
+            return self._small_at
 
 
 class RequestPool:

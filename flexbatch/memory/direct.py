@@ -22,6 +22,7 @@ from flexbatch.units import KIB, MIB
 
 GAP = 128 * KIB
 """Two ranges at most this far apart are read as one: the bytes between cost less than another request."""
+_ROW_THREADS = 32  # requests for rows in flight: they are short
 _STAGING = 16 * MIB  # the most that a look-up of rows holds beside its result
 
 
@@ -106,6 +107,7 @@ class DirectReader:
         self.bytes_read = 0
         self._request_bytes = request_bytes
         self._pool = RequestPool(threads)
+        self._rows_pool = RequestPool(_ROW_THREADS)  # rows of a table do not wait behind layers of weights
         self._throttle = Throttle(rate)
         self._lock = threading.Lock()
         self._files: dict[Path, BlockFile] = {}
@@ -115,7 +117,9 @@ class DirectReader:
 
         The place must start at a block; it takes ``plan.nbytes``. After an error its contents are undefined.
         """
-        place = buffer[offset : offset + plan.nbytes]
+        return self._read(plan, buffer[offset : offset + plan.nbytes], self._pool)
+
+    def _read(self, plan: ReadPlan, place: Tensor, pool: RequestPool) -> int:
         assert place.dtype == torch.uint8
         assert len(place) == plan.nbytes, "the buffer is too small for the plan"
         view = aligned_bytes(place)
@@ -123,7 +127,7 @@ class DirectReader:
         for part in plan.ranges:
             target = view[part.position : part.position + part.nbytes]
             requests += split(self._open(part.path), part.start, target, part.needed, self._request_bytes)
-        count = self._pool.run(_fetch, requests, self._throttle)
+        count = pool.run(_fetch, requests, self._throttle)
         with self._lock:
             self.bytes_read += count
         return count
@@ -146,7 +150,7 @@ class DirectReader:
         for first in range(0, len(unique), at_once):
             part = unique[first : first + at_once].tolist()
             plan = plan_reads([Extent(path, base + row * row_bytes, row_bytes) for row in part], gap=0)
-            self.read(plan, staging)
+            self._read(plan, staging[: plan.nbytes], self._rows_pool)
             begin, end = np.searchsorted(ordered, (first, first + len(part)))
             result.numpy()[order[begin:end]] = windows[np.asarray(plan.offsets)[ordered[begin:end] - first]]
         return result
@@ -154,6 +158,7 @@ class DirectReader:
     def close(self) -> None:
         """Close the files and end the threads; calling it again does nothing."""
         self._pool.close()
+        self._rows_pool.close()
         with self._lock:
             for file in self._files.values():
                 file.close()

@@ -126,8 +126,8 @@ class Engine:
             self._reader,
             held=getattr(torch, self.plan.weights_dtype),
             compute=getattr(torch, self.plan.dtype),
-            host_slots=self.plan.host_slots,
-            gpu_slots=self.plan.gpu_slots,
+            host_ring=self.plan.host_ring,
+            gpu_ring=self.plan.gpu_ring,
             progress=progress,
         )
         keep_freed_blocks(min(_KEPT, self.plan.memory[self._machine.compute].working))
@@ -283,7 +283,7 @@ class Engine:
             return
         self._workload = workload
         plan, _ = self._place(workload)
-        kept = ("weights", "weights_dtype", "host_slots", "gpu_slots")
+        kept = ("weights", "weights_dtype", "host_ring", "gpu_ring")
         plan = replace(plan, **{name: getattr(self.plan, name) for name in kept})
         if _pool_of(plan) != _pool_of(self.plan):
             self._drop_kv()
@@ -301,8 +301,8 @@ class Engine:
             compute=self._device.compute,
             reads=self._weights.reads,
             uploads=self._weights.uploads,
-            host_slots=self.plan.host_slots,
-            gpu_slots=self.plan.gpu_slots,
+            host_ring=self.plan.host_ring,
+            gpu_ring=self.plan.gpu_ring,
             gather=self._weights.gather_on,
             cpu_attention=self.plan.cpu_attention > 0 or self.plan.gpu_attention is not None,
             lanes=LANES,

@@ -9,9 +9,8 @@ import time
 from _thread import start_new_thread
 from collections import ChainMap, deque
 from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 
 import torch
 
@@ -23,9 +22,12 @@ from flexbatch.scheduler.steps import Resource, Step
 Handler = Callable[[Step], None]
 _RUNS_KEPT = 2
 _CLOSE_S = 10.0
+_LOOK_S = 0.005
 
 # Threads meet in SimpleQueues and in plain assignments only: no lock is ever held, so an interrupt that a signal raises
 # in the calling thread, wherever it strikes, leaves nothing locked behind. (threading.Thread.start waits at a lock.)
+# Nothing waits at a SimpleQueue with a timeout: up to CPython 3.11 at least, one that runs out between the queue's two
+# looks at its list turns negative there, and that means for ever.
 
 
 @dataclass(slots=True, eq=False)
@@ -54,7 +56,7 @@ class _Lane:
         self.resource = resource
         self.tickets: SimpleQueue[_Ticket | None] = SimpleQueue()
         self.bell: SimpleQueue[None] = SimpleQueue()
-        self.ended: SimpleQueue[None] = SimpleQueue()
+        self.ended = False
 
 
 class _CancelledError(Exception):
@@ -114,8 +116,8 @@ class Executor:
         deadline = time.monotonic() + _CLOSE_S
         while self._lanes:
             _, lane = self._lanes.popitem()
-            with suppress(Empty):
-                lane.ended.get(timeout=max(0.0, deadline - time.monotonic()))
+            while not lane.ended and time.monotonic() < deadline:
+                time.sleep(_LOOK_S)
 
     # --- submission -------------------------------------------------------------------------------------------
 
@@ -187,7 +189,7 @@ class Executor:
         except BaseException as error:  # noqa: BLE001  raised again by the calling thread
             self._fail(error)
         finally:
-            lane.ended.put(None)
+            lane.ended = True
 
     def _carry_out(self, ticket: _Ticket, bell: SimpleQueue[None]) -> None:
         step = ticket.step
@@ -196,7 +198,7 @@ class Executor:
             # A resource's own order is that of its FIFO.
             if other.completion is not None and other.step.resource != step.resource:
                 self._device.after(step.resource, other.completion)
-        self._sleep(0.0 if self._delays is None else self._delays(step), bell)
+        self._sleep(0.0 if self._delays is None else self._delays(step))
         start = time.perf_counter()
         self._handlers[step.kind](step)
         ticket.completion = self._device.mark(step.resource)
@@ -220,14 +222,11 @@ class Executor:
             if ticket.completion is not None:
                 ticket.completion.wait()
 
-    def _sleep(self, seconds: float, bell: SimpleQueue[None]) -> None:
+    def _sleep(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
         self._check()
         while (left := deadline - time.monotonic()) > 0:
-            try:
-                bell.get(timeout=left)
-            except Empty:
-                return
+            time.sleep(min(left, _LOOK_S))
             self._check()
 
     # --- errors ---------------------------------------------------------------------------------------------

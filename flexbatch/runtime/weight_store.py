@@ -95,8 +95,8 @@ class WeightStore:
         *,
         held: torch.dtype,
         compute: torch.dtype,
-        host_slots: int,
-        gpu_slots: int,
+        host_ring: int,
+        gpu_ring: int,
         progress: Progress | None = None,
     ) -> None:
         self._checkpoint = checkpoint
@@ -127,51 +127,50 @@ class WeightStore:
         for stream in self._streams.values():
             if stream.from_host:
                 stream.host_parts = {unit.key: self._read_unit(unit) for unit in stream.from_host}
-        reads = [stream.plan.nbytes for stream in self._streams.values() if stream.plan.nbytes]
-        self._host_slots = [device.host_buffer(max(reads)) for _ in range(host_slots)] if reads else []
-        uploads = [stream.packed_bytes for stream in self._streams.values()]
-        self._gpu_slots = (
-            [device.gpu_buffer(max(uploads)) for _ in range(gpu_slots)] if uploads and self._on_gpu else []
-        )
+        nothing = torch.empty(0, dtype=torch.uint8)
+        self._host_ring = device.host_buffer(host_ring) if self.reads else nothing
+        self._gpu_ring = device.gpu_buffer(gpu_ring) if self.uploads else nothing
         self._ready: dict[int, dict[str, tuple[Tensor, ...]]] = {}  # group -> its streamed units at the compute tier
-        self._arrived: dict[int, dict[str, tuple[Tensor, ...]]] = {}  # group -> its units from disk, in a host slot
+        self._arrived: dict[int, dict[str, tuple[Tensor, ...]]] = {}  # group -> its units from disk, in the host ring
 
     @property
-    def reads(self) -> tuple[int, ...]:
-        """Groups with weights on disk."""
-        return tuple(group for group, stream in self._streams.items() if stream.plan.nbytes)
+    def reads(self) -> dict[int, int]:
+        """Bytes of the host ring that each group with weights on disk takes."""
+        return {group: stream.plan.nbytes for group, stream in self._streams.items() if stream.plan.nbytes}
 
     @property
-    def uploads(self) -> tuple[int, ...]:
-        """Groups with weights below the GPU."""
-        return tuple(self._streams) if self._on_gpu else ()
+    def uploads(self) -> dict[int, int]:
+        """Bytes of the GPU ring that each group with weights below the GPU takes."""
+        return {group: stream.packed_bytes for group, stream in self._streams.items()} if self._on_gpu else {}
 
     @property
     def gather_on(self) -> Resource | None:
-        """What fetches rows of the token embedding; None if the table rests where products run."""
-        if self._table_tier is None:
-            return None
-        return "disk_read" if self._table_tier == "disk" else "cpu"
+        """What fetches rows of the token embedding; None if the table rests where products run.
+
+        From disk, too, it is the CPU: in the line of disk reads the rows, which a sweep needs first, would wait for
+        whole layers that were asked for before the tokens were known.
+        """
+        return None if self._table_tier is None else "cpu"
 
     def read(self, step: Step) -> None:
-        """Bring a group's weights from disk to host slot ``step.slot``."""
+        """Bring a group's weights from disk to byte ``step.slot`` of the host ring."""
         stream = self._streams[step.group]
-        slot = self._host_slots[step.slot]
-        self._reader.read(stream.plan, slot)
-        self._arrived[step.group] = stream.parts_in(slot)
+        place = self._host_ring[step.slot : step.slot + stream.plan.nbytes]
+        self._reader.read(stream.plan, place)
+        self._arrived[step.group] = stream.parts_in(place)
         if not self._on_gpu:
             self._ready[step.group] = self._arrived[step.group]
 
     def upload(self, step: Step) -> None:
-        """Bring a group's weights from RAM to GPU slot ``step.slot``."""
+        """Bring a group's weights from RAM to byte ``step.slot`` of the GPU ring."""
         stream = self._streams[step.group]
         sources = {**stream.host_parts, **self._arrived.get(step.group, {})}
         targets: dict[str, tuple[Tensor, ...]] = {}
-        position = 0
+        position = step.slot
         for key, parts in sources.items():
             placed = []
             for part in parts:
-                raw = self._gpu_slots[step.slot][position : position + part.nbytes]
+                raw = self._gpu_ring[position : position + part.nbytes]
                 target = raw.view(part.dtype).view(part.shape)
                 self._device.copy(target, part, "h2d")
                 placed.append(target)
@@ -308,17 +307,17 @@ class _Stream:
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of a GPU slot that holds all units."""
+        """Bytes of the GPU ring that hold all units."""
         return sum(align_up(entry.nbytes) for unit in self.units for entry in unit.entries)
 
-    def parts_in(self, slot: Tensor) -> dict[str, tuple[Tensor, ...]]:
-        """The parts of the units from disk, as views of the slot they were read into."""
+    def parts_in(self, place: Tensor) -> dict[str, tuple[Tensor, ...]]:
+        """The parts of the units from disk, as views of the place they were read into."""
         found: dict[str, tuple[Tensor, ...]] = {}
         index = 0
         for unit in self.from_disk:
             parts = []
             for entry in unit.entries:
-                raw = self.plan.view(slot, index)
+                raw = self.plan.view(place, index)
                 dtype = DTYPES[entry.dtype]
                 if self.plan.offsets[index] % dtype.itemsize:
                     raw = raw.clone()  # a checkpoint whose tensors do not even lie at whole elements

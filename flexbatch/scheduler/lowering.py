@@ -1,14 +1,15 @@
 """Lowers sweeps to Steps: the zig-zag traversal with its transfers, dependencies and buffer slots. Pure.
 
-Slots make budgets hold: a transfer into a slot waits for the last use of what the slot held. They also make prefetch:
-with S slots, weights are on their way S groups ahead of their use, across the end of a sweep into the next.
+Rings make budgets hold: a transfer to a place in a ring waits for the last use of what lay there. They also make
+prefetch: weights are on their way as far ahead of their use as the ring has room, across the end of a sweep into the
+next.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from flexbatch.scheduler.steps import Kind, Resource, Step
 from flexbatch.scheduler.sweep import MicroBatch, Sweep
@@ -18,19 +19,19 @@ from flexbatch.scheduler.sweep import MicroBatch, Sweep
 class Routes:
     """How bytes travel in a run.
 
-    ``compute``: where products run. ``reads``: groups with weights on disk; ``uploads``: groups with weights below the
-    GPU. ``host_slots`` and ``gpu_slots`` buffers hold them on their way. ``gather``: what fetches rows of a token
-    embedding that does not rest where products run (None: it does). ``cpu_attention``: whether KV that rests below the
-    GPU is attended to on the CPU, unless its micro-batch says otherwise. ``lanes``: micro-batches whose KV or hidden
-    states are on their way at a time.
+    ``compute``: where products run. ``reads``: bytes, by group, of weights on disk; ``uploads``: of those below the
+    GPU. Buffers of ``host_ring`` and ``gpu_ring`` bytes hold them on their way. ``gather``: what fetches rows of a
+    token embedding that does not rest where products run (None: it does). ``cpu_attention``: whether KV that rests
+    below the GPU is attended to on the CPU, unless its micro-batch says otherwise. ``lanes``: micro-batches whose KV or
+    hidden states are on their way at a time.
     """
 
     num_layers: int
     compute: Resource
-    reads: tuple[int, ...] = ()
-    uploads: tuple[int, ...] = ()
-    host_slots: int = 0
-    gpu_slots: int = 0
+    reads: Mapping[int, int] = field(default_factory=dict)
+    uploads: Mapping[int, int] = field(default_factory=dict)
+    host_ring: int = 0
+    gpu_ring: int = 0
     gather: Resource | None = None
     cpu_attention: bool = True
     lanes: int = 2
@@ -56,18 +57,73 @@ class Lowered:
     until: frozenset[int]
 
 
+@dataclass(slots=True)
+class _Piece:
+    """Bytes ``start .. end - 1`` of a ring: filled by step ``ready``, free after ``users`` (None: in use)."""
+
+    start: int
+    end: int
+    ready: int = -1
+    users: tuple[int, ...] | None = None
+
+    def touches(self, other: _Piece) -> bool:
+        """Whether the two have a byte in common."""
+        return self.start < other.end and other.start < self.end
+
+
 class _Ring:
-    """Groups that pass through ``slots`` buffers in a fixed cyclic order."""
+    """Groups that pass in a fixed cyclic order through one buffer of ``capacity`` bytes, each in one piece.
 
-    def __init__(self, groups: tuple[int, ...], slots: int) -> None:
-        self.groups = groups
-        self.free: deque[tuple[int, tuple[int, ...]]] = deque((slot, ()) for slot in range(min(slots, len(groups))))
+    ``sizes``: their bytes. A group takes the place that was used longest ago, and leaves room for the next one beside
+    it: so the largest may be read while the one before it is still in use, if the buffer holds both.
+    """
+
+    def __init__(self, sizes: Mapping[int, int], capacity: int) -> None:
+        assert all(nbytes <= capacity for nbytes in sizes.values()), "a ring is smaller than a group"
+        self.groups = tuple(sizes)
         self.next = 0
-        self.ready: dict[int, tuple[int, int]] = {}  # group -> (step that fills its slot, slot)
+        self.rounds = 0
+        self.ready: dict[int, _Piece] = {}
+        self._sizes = sizes
+        self._capacity = capacity
+        self._pieces: list[_Piece] = []  # what was put where last, oldest first
 
-    def may_issue(self, *, wrap: bool) -> bool:
-        """Whether a slot is free and the next group belongs to this sweep (or the next one's may be fetched)."""
-        return bool(self.free) and (wrap or self.next != 0)
+    def take(self, rounds: int) -> tuple[int, _Piece, tuple[int, ...]] | None:
+        """The next group, its place, and the ids after which that is free.
+
+        None while something there is in use, or if ``rounds`` rounds are complete.
+        """
+        if not self.groups or self.rounds == rounds:
+            return None
+        group = self.groups[self.next]
+        if group in self.ready:
+            return None  # a whole round ahead
+        following = (self.next + 1) % len(self.groups)
+        place = self._best(self._sizes[group], self._sizes[self.groups[following]])
+        touched = [piece for piece in self._pieces if piece.touches(place)]
+        if any(piece.users is None for piece in touched):
+            return None
+        self._pieces = [piece for piece in self._pieces if not piece.touches(place)]
+        self._pieces.append(place)
+        self.next = following
+        self.rounds += following == 0
+        self.ready[group] = place
+        return group, place, tuple({user for piece in touched for user in piece.users or ()})
+
+    def free(self, group: int, users: tuple[int, ...]) -> None:
+        """The place of ``group`` may be taken once ``users`` are done."""
+        self.ready.pop(group).users = users
+
+    def _best(self, size: int, following: int) -> _Piece:
+        last = self._capacity - size
+        starts = {0, last, *(piece.end for piece in self._pieces), *(piece.start - size for piece in self._pieces)}
+        within = sorted(start for start in starts if 0 <= start <= last)
+        apart = [start for start in within if max(start, last - start) >= following]
+        places = [_Piece(start, start + size) for start in apart or within]
+        return min(places, key=self._newest_touched)
+
+    def _newest_touched(self, place: _Piece) -> int:
+        return max((age for age, piece in enumerate(self._pieces) if piece.touches(place)), default=-1)
 
 
 class Lowerer:
@@ -78,8 +134,10 @@ class Lowerer:
         self._next_id = 0
         self._oldest = 0  # the first id of the sweep before: when a sweep begins, what is older is long done
         self._first = 0  # of this sweep
-        self._host = _Ring(routes.reads, routes.host_slots)
-        self._gpu = _Ring(routes.uploads, routes.gpu_slots)
+        self._host = _Ring(routes.reads, routes.host_ring)
+        self._gpu = _Ring(routes.uploads, routes.gpu_ring)
+        self._rounds = 0  # of the rings, that may be fetched
+        self._ahead = 0  # of them beyond this sweep's
         self._adapters: dict[int, tuple[int, ...]] = {}  # group -> what brings this sweep's adapters for it
         self._fetched: tuple[int, ...] = ()  # the last sweep's read of adapters for later ones
         self._stored: dict[int, tuple[int, ...]] = {}  # layer group -> the last sweep's writes of KV pages
@@ -99,29 +157,31 @@ class Lowerer:
         self._oldest, self._first = self._first, self._next_id
         flight = _Flight(self, sweep, self._routes)
         self._move_adapters(sweep)
-        self._fill(wrap=True)
+        self._rounds += 1 + more - self._ahead
+        self._ahead = int(more)
+        self._fill()
         flight.embed()
         self._release(0, flight.newest)
-        self._fill(wrap=more)
+        self._fill()
         lag = 1 if flight.waits and len(sweep.micro_batches) > 1 else 0
         open_: deque[tuple[int, int]] = deque()
         for group in range(1, self._routes.num_layers + 1):
             for batch in flight.batches:
                 alone = flight.mixed and batch not in flight.patient
                 while open_ and ((len(open_) > lag and not alone) or open_[0] == (group - 1, batch)):
-                    self._close(flight, *open_.popleft(), more=more)
+                    self._close(flight, *open_.popleft())
                 while open_ and not self._issued(group):
-                    self._close(flight, *open_.popleft(), more=more)
+                    self._close(flight, *open_.popleft())
                 flight.front(group, batch)
                 if alone:
-                    self._close(flight, group, batch, more=more)
+                    self._close(flight, group, batch)
                 else:
                     open_.append((group, batch))
         while open_:
-            self._close(flight, *open_.popleft(), more=more)
+            self._close(flight, *open_.popleft())
         flight.head()
         self._release(self._routes.num_layers + 1, flight.newest)
-        self._fill(wrap=more)
+        self._fill()
         if sweep.adapters.fetches:  # last, for this sweep does not wait for them
             self._fetched = (self.add("adapter_read", "disk_read", 0, -1, 0, (), slot=1, prefetch=True),)
         return Lowered(self._steps, frozenset(self._until))
@@ -140,14 +200,14 @@ class Lowerer:
             elif arrived:
                 self._adapters[group] = arrived
 
-    def _close(self, flight: _Flight, group: int, batch: int, *, more: bool) -> None:
+    def _close(self, flight: _Flight, group: int, batch: int) -> None:
         """Finish a micro-batch's layer; after the last one the layer's weights make room for others."""
         flight.back(group, batch)
         flight.closed[group] = flight.closed.get(group, 0) + 1
         if flight.closed[group] == len(flight.batches):
             self._stored[group] = tuple(flight.written.pop(group, ()))
             self._release(group, flight.users)
-            self._fill(wrap=more)
+            self._fill()
 
     # --- what a flight asks for ---------------------------------------------------------------------------------
 
@@ -175,11 +235,11 @@ class Lowerer:
     def weights(self, group: int) -> list[int]:
         """The ids after which the weights of ``group`` can be used, and the adapters' parts of it."""
         ring = self._gpu if self._routes.compute == "gpu" else self._host
-        ready = [ring.ready[group][0]] if group in ring.ready else []
+        ready = [ring.ready[group].ready] if group in ring.ready else []
         return [*ready, *self._adapters.get(group, ())]
 
     def _issued(self, group: int) -> bool:
-        """Whether the weights of ``group`` are in a slot or on their way to one, or need none."""
+        """Whether the weights of ``group`` are in their ring or on their way there, or need none."""
         ring = self._gpu if self._routes.compute == "gpu" else self._host
         return group not in ring.groups or group in ring.ready
 
@@ -197,40 +257,43 @@ class Lowerer:
 
     # --- rings ---------------------------------------------------------------------------------------------------
 
-    def _fill(self, *, wrap: bool) -> None:
-        """Issue transfers of weights into every free slot, in the order of their use."""
-        while True:
-            if self._host.groups and self._host.may_issue(wrap=wrap):
-                self._issue(self._host, "read", "disk_read", ())
-                continue
-            if self._gpu.groups and self._gpu.may_issue(wrap=wrap):
-                group = self._gpu.groups[self._gpu.next]
-                read = self._host.ready.get(group)
-                if group not in self._host.groups:
-                    self._issue(self._gpu, "upload", "h2d", ())
-                    continue
-                if read is not None:
-                    done = self._issue(self._gpu, "upload", "h2d", (read[0],))
-                    self._free(self._host, group, (done,))
-                    continue
-            return
+    def _fill(self) -> None:
+        """Issue transfers of weights into every free place, in the order of their use."""
+        going = True
+        while going:
+            going = self._read()
+            while self._upload():
+                going = True
 
-    def _issue(self, ring: _Ring, kind: Kind, resource: Resource, after: tuple[int, ...]) -> int:
-        slot, users = ring.free.popleft()
-        group = ring.groups[ring.next]
-        ring.next = (ring.next + 1) % len(ring.groups)
-        step = self.add(kind, resource, group, -1, 0, (*after, *users), slot=slot, prefetch=True)
-        ring.ready[group] = (step, slot)
-        return step
+    def _read(self) -> bool:
+        taken = self._host.take(self._rounds)
+        if taken is not None:
+            group, place, users = taken
+            place.ready = self.add("read", "disk_read", group, -1, 0, users, slot=place.start, prefetch=True)
+        return taken is not None
+
+    def _upload(self) -> bool:
+        """Bring the next group to the GPU, unless its part from disk is not even asked for."""
+        ring = self._gpu
+        read = None
+        if ring.groups and (group := ring.groups[ring.next]) in self._host.groups:
+            read = self._host.ready.get(group)
+            if read is None:
+                return False
+        taken = ring.take(self._rounds)
+        if taken is None:
+            return False
+        group, place, users = taken
+        after = users if read is None else (read.ready, *users)
+        place.ready = self.add("upload", "h2d", group, -1, 0, after, slot=place.start, prefetch=True)
+        if read is not None:
+            self._host.free(group, (place.ready,))
+        return True
 
     def _release(self, group: int, users: Iterable[int | None]) -> None:
         ring = self._gpu if self._routes.compute == "gpu" else self._host
         if group in ring.ready:
-            self._free(ring, group, tuple(user for user in users if user is not None))
-
-    def _free(self, ring: _Ring, group: int, users: tuple[int, ...]) -> None:
-        _, slot = ring.ready.pop(group)
-        ring.free.append((slot, users))
+            ring.free(group, tuple(user for user in users if user is not None))
 
 
 class _Flight:

@@ -8,8 +8,8 @@ from typing import Literal
 from flexbatch.options import Resource as Resource
 
 Kind = Literal[
-    "read",  # weights of a group: disk -> host slot
-    "upload",  # weights of a group: host -> GPU slot
+    "read",  # weights of a group: disk -> host ring
+    "upload",  # weights of a group: host -> GPU ring
     "adapter_read",  # LoRA adapters: disk -> arena in RAM
     "adapter_up",  # a group's part of adapters: arena -> pages on the GPU
     "gather",  # rows of the token embedding, from where the table rests
@@ -36,7 +36,8 @@ class Step:
     """One task. ``id`` only grows, over all sweeps of a run; ``after`` are the ids of the Steps it waits for.
 
     ``group`` counts what a sweep visits: 0 the embedding, 1..L the layers, L+1 the head. ``batch`` is the micro-batch
-    (-1: none), ``tokens`` how many tokens it carries; ``slot`` the buffer a transfer uses.
+    (-1: none), ``tokens`` how many tokens it carries; ``slot`` the buffer a transfer
+    uses, of weights its first byte in their ring.
     """
 
     id: int

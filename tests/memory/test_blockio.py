@@ -14,6 +14,7 @@ import torch
 from flexbatch.memory import blockio
 from flexbatch.memory.aligned import BLOCK, align_down, align_up, aligned_buffer, aligned_bytes
 from flexbatch.memory.blockio import BlockFile, Request, RequestPool, Throttle, merge, split
+from flexbatch.units import MIB
 
 
 @pytest.mark.parametrize(
@@ -88,13 +89,17 @@ def test_neighbours_become_one_request_up_to_its_limit() -> None:
 def test_throttle_counts_a_busy_spell_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    throttle = Throttle(1000.0)
-    assert throttle.reserve(500) == pytest.approx(100.5)
-    assert throttle.reserve(500) == pytest.approx(101.0)  # behind the first one
+    throttle = Throttle(2.0 * MIB)
+    assert throttle.reserve(MIB) == pytest.approx(100.5)
+    assert throttle.reserve(MIB) == pytest.approx(101.0)  # behind the first one
     now = 101.0 + blockio._OVERSLEPT / 2
-    assert throttle.reserve(500) == pytest.approx(101.5)  # a sleep that ended late is not idle time
+    assert throttle.reserve(MIB) == pytest.approx(101.5)  # a sleep that ended late is not idle time
     now = 200.0
-    assert throttle.reserve(500) == pytest.approx(200.5)  # idle time gives no credit
+    assert throttle.reserve(MIB) == pytest.approx(200.5)  # idle time gives no credit
+    small = MIB // 32
+    assert throttle.reserve(small) == pytest.approx(200 + 1 / 64)  # a short request passes long ones
+    assert throttle.reserve(small) == pytest.approx(200 + 2 / 64)  # but not others of its kind
+    assert throttle.reserve(MIB) == pytest.approx(201 + 2 / 64)  # and long ones pay for it
     assert Throttle(None).reserve(10**12) == 0
 
 

@@ -70,7 +70,7 @@ def test_everything_on_a_large_gpu() -> None:
     found, _ = plan("opt-1.3b", 40, 60, (100, 50, 500))
     assert found.weights == Shares(1, 0, 0)
     assert found.kv.gpu == 1
-    assert found.gpu_slots == found.host_slots == 0
+    assert found.gpu_ring == found.host_ring == 0
 
 
 def test_on_a_cpu_that_is_fast_from_128_rows_on_decoding_rows_share_products_with_prompts() -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from typing import Literal
 
 import pytest
 
+from flexbatch.policy.footprint import UnitSize
+from flexbatch.policy.weights import deal, grown_ring, least_ring
 from flexbatch.requests import Request, TokenizedRequest
 from flexbatch.sampling import SamplingParams
 from flexbatch.scheduler.lowering import Lowerer, Routes
 from flexbatch.scheduler.sequence import Sequence
 from flexbatch.scheduler.steps import Step
 from flexbatch.scheduler.sweep import MicroBatch, Slice, Sweep
+from flexbatch.units import Shares
 
 
 def sequence(name: int) -> Sequence:
@@ -24,16 +28,17 @@ def random_routes(rng: random.Random) -> Routes:
     layers = rng.randint(1, 5)
     compute: Literal["gpu", "cpu"] = rng.choice(["gpu", "cpu"])
     groups = range(layers + 2)
-    reads = tuple(group for group in groups if rng.random() < 0.6)
-    uploads = tuple(group for group in groups if group in reads or rng.random() < 0.5) if compute == "gpu" else ()
+    reads = {group: rng.randint(1, 9) for group in groups if rng.random() < 0.6}
+    uploads = {group: rng.randint(1, 9) for group in groups if group in reads or rng.random() < 0.5}
+    uploads = uploads if compute == "gpu" else {}
     return Routes(
         num_layers=layers,
         compute=compute,
         reads=reads,
         uploads=uploads,
-        host_slots=rng.randint(1, 3),
-        gpu_slots=rng.randint(1, 3),
-        gather=rng.choice([None, "disk_read"]),
+        host_ring=max(reads.values(), default=0) + rng.randint(0, 30),
+        gpu_ring=max(uploads.values(), default=0) + rng.randint(0, 30),
+        gather=rng.choice([None, "cpu"]),
         cpu_attention=rng.random() < 0.5,
         lanes=rng.randint(1, 3),
     )
@@ -63,7 +68,7 @@ class Replay:
         self.rng = rng
         self.done: set[int] = set()
         self.queues: dict[str, list[Step]] = {}
-        self.host: dict[int, int] = {}  # slot -> group
+        self.host: dict[int, int] = {}  # first byte -> group
         self.gpu: dict[int, int] = {}
         self.lanes: dict[int, tuple[int, int]] = {}
         self.sweep = Sweep(0, ())
@@ -79,13 +84,22 @@ class Replay:
             self.check(step)
             self.done.add(step.id)
 
+    def place(self, ring: dict[int, int], step: Step, sizes: Mapping[int, int], capacity: int) -> None:
+        """A group's bytes are written: whatever they touch is lost."""
+        end = step.slot + sizes[step.group]
+        assert 0 <= step.slot < end <= capacity
+        for start, group in list(ring.items()):
+            if start < end and step.slot < start + sizes[group]:
+                del ring[start]
+        ring[step.slot] = step.group
+
     def check(self, step: Step) -> None:
         routes = self.routes
         if step.kind == "read":
-            self.host[step.slot] = step.group
+            self.place(self.host, step, routes.reads, routes.host_ring)
         elif step.kind == "upload":
             assert step.group not in routes.reads or step.group in self.host.values()
-            self.gpu[step.slot] = step.group
+            self.place(self.gpu, step, routes.uploads, routes.gpu_ring)
         elif step.kind in ("embed", "project", "finish", "head"):
             if routes.compute == "gpu" and step.group in routes.uploads:
                 assert step.group in self.gpu.values()
@@ -124,8 +138,8 @@ def test_any_legal_timing_is_safe(seed: int) -> None:
                 assert per == whole
         replay.sweep = sweep
         replay.run(lowered.steps, lowered.until)
-    # Each sweep reads every group on disk once; no more than one sweep's slots are fetched ahead.
-    assert 5 * len(routes.reads) <= reads <= 5 * len(routes.reads) + routes.host_slots
+    # Each sweep reads every group on disk once, and the last one fetches nothing ahead.
+    assert reads == 5 * len(routes.reads)
 
 
 def test_a_resident_run_has_no_transfers() -> None:
@@ -159,9 +173,39 @@ def test_the_gpu_attends_to_prompts_while_the_cpu_attends_to_decoding_rows() -> 
 
 
 def test_weights_of_the_next_sweep_are_fetched_under_the_head() -> None:
-    lowerer = Lowerer(Routes(num_layers=3, compute="cpu", reads=(1, 2, 3), host_slots=2))
+    lowerer = Lowerer(Routes(num_layers=3, compute="cpu", reads={1: 7, 2: 7, 3: 7}, host_ring=14))
     sweep = Sweep(1, (MicroBatch((Slice(sequence(0), 0, 1, True, 1, 1),)),))
     first = lowerer.lower(sweep, more=True)
     ahead = [step for step in first.steps if step.kind == "read" and step.id not in first.until]
     assert [step.group for step in ahead] == [1, 2, 3, 1, 2]
     assert [step.group for step in lowerer.lower(sweep, more=False).steps if step.kind == "read"] == [3]
+
+
+def test_a_ring_of_two_neighbours_reads_the_large_one_while_the_one_before_it_is_used() -> None:
+    lowerer = Lowerer(Routes(num_layers=4, compute="cpu", reads={1: 1, 2: 1, 3: 1, 4: 1, 5: 4}, host_ring=5))
+    sweep = Sweep(1, (MicroBatch((Slice(sequence(0), 0, 1, True, 1, 1),)),))
+    for _ in range(4):
+        steps = lowerer.lower(sweep, more=True).steps
+        finished = {step.id: step.group for step in steps if step.kind == "finish"}
+        head = next(step for step in steps if step.kind == "read" and step.group == 5)
+        assert max(finished[other] for other in head.after if other in finished) == 3
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_places_in_a_ring_start_at_whole_blocks(seed: int) -> None:
+    rng = random.Random(seed)
+    sizes = {group: 4096 * rng.randint(1, 9) for group in range(1, 8)}
+    ring = least_ring(sizes) + 4096 * rng.randint(0, 9)
+    lowerer = Lowerer(Routes(num_layers=6, compute="cpu", reads=sizes, host_ring=ring))
+    sweep = Sweep(1, (MicroBatch((Slice(sequence(0), 0, 1, True, 1, 1),)),))
+    for _ in range(5):
+        steps = lowerer.lower(sweep, more=True).steps
+        assert all(step.slot % 4096 == 0 for step in steps if step.kind == "read")
+
+
+def test_rings_are_whole_blocks() -> None:
+    units = [UnitSize(str(group), (group,), 12345 + group, 1, False, False) for group in range(1, 5)]
+    placement = deal(units, Shares(0, 0, 1), compute="gpu")
+    for groups, ring in ((placement.reads, placement.host_ring), (placement.uploads, placement.gpu_ring)):
+        assert ring % 4096 == grown_ring(groups, 5000) % 4096 == grown_ring(groups, 10**9) % 4096 == 0
+        assert all(nbytes % 4096 == 0 for nbytes in groups.values())
