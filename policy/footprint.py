@@ -14,13 +14,12 @@ DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 GROUP = 64
 """Elements that share a scale and a minimum in 4 bits."""
 PAGE_TOKENS = 64  # a run of 64 keys is long enough for a matrix product and short enough to waste little
-BLOCK = 4096
-"""Bytes that a disk reads and writes at least."""
 KV_TILE_BYTES = 4 << 20
 """Numbers of packed KV that are in fp32 at a time, in bytes, where that does not depend on a context's length."""
 CALIBRATION_SEQUENCES, CALIBRATION_TOKENS = 3, 256
 """How many sequences the basis of packed KV is found from, and how many tokens each has at most."""
 _SCALES = 4  # bytes of a group's 16-bit scale and minimum
+_BLOCK = 4096  # bytes that a disk reads and writes at least
 _PADDING = 32  # a page of packed KV grows by at most a 32nd to fill blocks
 
 
@@ -43,7 +42,7 @@ def kv_head_bytes(head_dim: int) -> int:
 def kv_page_bytes(tokens: int, row_bytes: int, bits: int) -> int:
     """Bytes of a page of ``tokens`` rows: of packed ones whole blocks, where that costs next to nothing."""
     exact = tokens * row_bytes
-    whole = -(-exact // BLOCK) * BLOCK
+    whole = -(-exact // _BLOCK) * _BLOCK
     return whole if bits == 4 and whole - exact <= exact // _PADDING else exact
 
 

@@ -10,15 +10,7 @@ from dataclasses import dataclass
 from itertools import chain, count
 
 from flexbatch.policy.cost import Cost, Precision
-from flexbatch.policy.footprint import (
-    BLOCK,
-    DTYPE_BYTES,
-    PAGE_TOKENS,
-    ModelSize,
-    UnitSize,
-    kv_page_bytes,
-    packed_bytes,
-)
+from flexbatch.policy.footprint import DTYPE_BYTES, PAGE_TOKENS, ModelSize, UnitSize, kv_page_bytes, packed_bytes
 from flexbatch.policy.machine import LANES, Machine
 from flexbatch.policy.plan import TIERS, TierMemory
 from flexbatch.policy.weights import BLOCK, WeightPlacement
