@@ -63,8 +63,8 @@ def packed(bases: Sequence[Basis], turns: Tensor) -> Attention:
         keys = unpack_rows(pack_rows(basis.stored_keys(keys, positions, turns)), dim) + first * basis.first_keys
         keys = torch.einsum("lkd,ked->lke", keys, basis.queries) + turned(basis.means, turns[positions])
         values = unpack_rows(pack_rows(basis.stored_values(values, positions)), dim) + first * basis.first_values
-        read = ((x.transpose(0, 1).unsqueeze(0)) for x in (keys, values @ basis.values.t()))
-        return plain(q, *read, scaling), None
+        values = values @ basis.values.t()
+        return plain(q, keys.transpose(0, 1)[None], values.transpose(0, 1)[None], scaling), None
 
     return attend
 

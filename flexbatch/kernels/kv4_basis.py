@@ -172,7 +172,8 @@ def _covariance(x: Tensor) -> Tensor:
 def _power(x: Tensor, exponent: float) -> Tensor:
     """A power of symmetric positive matrices."""
     values, vectors = torch.linalg.eigh(x)
-    return (vectors * values.clamp_min(1e-12).pow(exponent).unsqueeze(-2)) @ vectors.transpose(-1, -2)
+    found: Tensor = (vectors * values.clamp_min(1e-12).pow(exponent).unsqueeze(-2)) @ vectors.transpose(-1, -2)
+    return found
 
 
 def _balanced(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:

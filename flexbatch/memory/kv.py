@@ -40,7 +40,8 @@ class PageShape:
         if self.bits == 16:
             return raw.view(self.dtype).view(-1, self.kv_heads, 2, self.page_tokens, self.head_dim)
         pages = raw.view(-1, self.nbytes)[:, : self.page_tokens * self._row_bytes]
-        return pages.unflatten(1, (self.kv_heads, 2, self.page_tokens, -1))
+        packed: Tensor = pages.unflatten(1, (self.kv_heads, 2, self.page_tokens, -1))
+        return packed
 
     @property
     def _row_bytes(self) -> int:
