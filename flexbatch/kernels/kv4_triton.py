@@ -151,11 +151,13 @@ def _scales_at(
 ) -> tl.tensor:
     """The scale (AT 0) or minimum (AT 2) of every byte of codes of ``rows`` [KEYS, WIDTH]; [KEYS, 1] of one group."""
     if GROUPS == 1:
-        return _half_at(rows + HALF + AT, known)[:, None]
-    groups = tl.arange(0, PADDED)
-    real = known[:, None] & (groups[None, :] < GROUPS)
-    each = _half_at(rows[:, None] + groups[None, :] * (HALF + 4) + HALF + AT, real)
-    return tl.reshape(tl.broadcast_to(each[:, :, None], (KEYS, PADDED, HALF)), (KEYS, WIDTH))
+        found = _half_at(rows + HALF + AT, known)[:, None]
+    else:
+        groups = tl.arange(0, PADDED)
+        real = known[:, None] & (groups[None, :] < GROUPS)
+        each = _half_at(rows[:, None] + groups[None, :] * (HALF + 4) + HALF + AT, real)
+        found = tl.reshape(tl.broadcast_to(each[:, :, None], (KEYS, PADDED, HALF)), (KEYS, WIDTH))
+    return found
 
 
 @triton.jit(do_not_specialize=["record_stride"])  # type: ignore[untyped-decorator]
