@@ -25,7 +25,8 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 from flexbatch.compression.feedback import InputMoments, quantize_calibrated
 from flexbatch.compression.groups import dequantize
 from flexbatch.compression.quantize import quantize
-from flexbatch.kernels.kv4 import pack_rows, rotate, unpack_rows
+from flexbatch.kernels.kv4 import pack_rows, unpack_rows
+from flexbatch.kernels.kv4_basis import rotation
 
 DEMO = Path(__file__).resolve().parents[1] / "flexbatch" / "assets" / "demo"
 RESULTS = Path(__file__).resolve().parent / "results" / "accuracy_4bit.json"
@@ -112,6 +113,11 @@ def calibrate(subject: Subject, texts: Iterable[Tensor], quantizer: Quantizer) -
         hidden = [
             layer(x, position_embeddings=angles, attention_mask=None) for x, angles in zip(hidden, rotary, strict=True)
         ]
+
+
+def rotate(x: Tensor) -> Tensor:
+    """Spread the last dimension's large channels over all."""
+    return x @ rotation(x.shape[-1])
 
 
 def packed_attention(setting: KVSetting) -> Callable[..., tuple[Tensor, None]]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from flexbatch.errors import InternalError, UsageError
-from flexbatch.policy.footprint import DTYPE_BYTES, ModelSize, UnitSize
+from flexbatch.policy.footprint import DTYPE_BYTES, ModelSize, UnitSize, kv_page_bytes
 from flexbatch.policy.profile import HardwareProfile, Processor
 from flexbatch.scheduler.steps import Kind, Resource
 from flexbatch.scheduler.sweep import Slice
@@ -179,8 +179,8 @@ class Cost:
         self.logit_rows = logit_rows
         self._profile = profile
         width = DTYPE_BYTES[precision.dtype]
-        self.page_bytes = page_tokens * size.kv_row_bytes(precision.dtype, precision.kv_bits)
         self._row_bytes = size.kv_row_bytes(precision.dtype, precision.kv_bits)
+        self.page_bytes = kv_page_bytes(page_tokens, self._row_bytes, precision.kv_bits)
         self._token_bytes: dict[str, float] = {
             "gather": size.shape.embed_dim * DTYPE_BYTES.get(precision.edges, 2),
             "qkv_down": size.qkv_width * width,
@@ -286,10 +286,16 @@ class Cost:
         """Seconds of attention in one layer: decoding rows are bound by the bytes they read or by their FLOPs."""
         processor = self.processor(resource)
         flops = 4.0 * self.size.heads_width
-        decoding = max(
-            self.attention_bytes(load) / processor.attention_bytes, flops * load.keys / processor.attention_flops
-        )
-        return decoding + flops * load.pairs / processor.attention_flops
+        reading = self.attention_bytes(load) / processor.attention_bytes
+        packing = 0.0
+        if self.precision.kv_bits == 4:
+            numbers = 2.0 * self.size.shape.num_kv_heads * self.size.shape.head_dim
+            plain = processor.attention_bytes / DTYPE_BYTES[self.precision.dtype]
+            rate = processor.packed_attention or plain
+            reading = numbers * load.keys / rate
+            packing = numbers * load.tokens / (processor.packing or rate)
+        decoding = max(reading, flops * load.keys / processor.attention_flops)
+        return packing + decoding + flops * load.pairs / processor.attention_flops
 
     def step_s(self, resource: str) -> float:
         """Seconds that any Step of ``resource`` takes at least: what issuing it costs."""

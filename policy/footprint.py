@@ -14,12 +14,36 @@ DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 GROUP = 64
 """Elements that share a scale and a minimum in 4 bits."""
 PAGE_TOKENS = 64  # a run of 64 keys is long enough for a matrix product and short enough to waste little
+KV_TILE_BYTES = 4 << 20
+"""Numbers of packed KV that are in fp32 at a time, in bytes, where that does not depend on a context's length."""
+CALIBRATION_SEQUENCES, CALIBRATION_TOKENS = 3, 256
+"""How many sequences the basis of packed KV is found from, and how many tokens each has at most."""
 _SCALES = 4  # bytes of a group's 16-bit scale and minimum
+_BLOCK = 4096  # bytes that a disk reads and writes at least
+_PADDING = 32  # a page of packed KV grows by at most a 32nd to fill blocks
 
 
 def packed_bytes(elements: int) -> int:
     """Bytes of ``elements`` in 4 bits, one row of them: two codes a byte, and each group's scale and minimum."""
     return -(-elements // 2) + _SCALES * -(-elements // GROUP)
+
+
+def kv_group(head_dim: int) -> int:
+    """Numbers of a head that share a scale and a minimum: 64 where that divides the head, else all of them."""
+    return GROUP if head_dim % GROUP == 0 else head_dim
+
+
+def kv_head_bytes(head_dim: int) -> int:
+    """Bytes of one token's keys, or values, of one head in 4 bits; ``head_dim`` is even."""
+    group = kv_group(head_dim)
+    return head_dim // group * (group // 2 + _SCALES)
+
+
+def kv_page_bytes(tokens: int, row_bytes: int, bits: int) -> int:
+    """Bytes of a page of ``tokens`` rows: of packed ones whole blocks, where that costs next to nothing."""
+    exact = tokens * row_bytes
+    whole = -(-exact // _BLOCK) * _BLOCK
+    return whole if bits == 4 and whole - exact <= exact // _PADDING else exact
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +93,7 @@ class ModelSize:
     def kv_row_bytes(self, dtype: str, bits: int = 16) -> int:
         """Keys and values of one token in one layer; ``bits`` 4 packs each head's, 16 keeps them in ``dtype``."""
         shape = self.shape
-        head = packed_bytes(shape.head_dim) if bits == 4 else shape.head_dim * DTYPE_BYTES[dtype]
+        head = kv_head_bytes(shape.head_dim) if bits == 4 else shape.head_dim * DTYPE_BYTES[dtype]
         return 2 * shape.num_kv_heads * head
 
     @property
@@ -93,19 +117,38 @@ class ModelSize:
         """The hidden state of one token between two layers."""
         return self.shape.hidden_size * DTYPE_BYTES[dtype]
 
-    def working_bytes(self, tokens: int, context: int, logit_rows: int, dtype: str) -> int:
+    def working_bytes(self, tokens: int, context: int, logit_rows: int, dtype: str, kv_bits: int = 16) -> int:
         """Scratch memory of a micro-batch of ``tokens`` tokens whose longest context is ``context``.
 
         Inside a layer: the residual, its norm, stacked q/k/v and the attended heads, the MLP's inner states (two of
         them where it is gated), scores of one head block; at the head: ``logit_rows`` rows of logits with a copy.
         """
         shape, size = self.shape, DTYPE_BYTES[dtype]
+        if kv_bits == 4:
+            tokens = max(tokens, CALIBRATION_TOKENS)
         heads = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
         layer = tokens * (3 * shape.hidden_size + 3 * heads + 4 * shape.intermediate_size) * size
         scores = 4 * shape.num_heads * max(tokens, 1) * min(context, 512)
-        scores += 2 * context * (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim * size
+        if kv_bits == 4:
+            scores += self._packing_bytes(tokens, context)
+        else:
+            scores += 2 * context * (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim * size
         logits = 2 * logit_rows * shape.vocab_size * max(size, 4)
         return layer + max(scores, logits)
+
+    def _packing_bytes(self, tokens: int, context: int) -> int:
+        """Scratch memory, in fp32, of packing the keys and values of ``tokens`` and of attending to packed ones.
+
+        Keys and queries turned, and what is attended; tiles; one head's keys and values of a whole context, and what
+        is added to them; what the basis is found from, of two layers.
+        """
+        shape = self.shape
+        turned = tokens * (3 * shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim * 4
+        row = 2 * shape.head_dim * 4
+        tiles = 6 * min(KV_TILE_BYTES, tokens * shape.num_kv_heads * row) + KV_TILE_BYTES
+        chunk = 4 * min(context * shape.num_kv_heads * row, max(KV_TILE_BYTES, context * row))
+        seen = 2 * CALIBRATION_SEQUENCES * CALIBRATION_TOKENS * self.qkv_width * 4
+        return turned + tiles + max(chunk, seen)
 
     def linear_flops(self, tokens: int, logit_rows: int) -> int:
         """Multiply-adds (two FLOPs each) of every matrix product for ``tokens`` tokens, ``logit_rows`` of them read."""

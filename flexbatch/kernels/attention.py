@@ -47,7 +47,7 @@ class PageBatch:
     ``rows`` int64 [B]; ``owner`` int64 [N]: which of the B rows a page belongs to (B: nobody's); ``bias`` [N, 1, 1, P]
     is 0 for visible positions, -inf elsewhere; ``table`` int64 [B, M]: places of a row's pages in N, filled with N.
     The pages are read in place, as ``runs`` (first page of the pool, first place in N, number of pages), or they are
-    gathered first: ``gather`` int64 [N].
+    gathered first: ``gather`` int64 [N]. ``first`` int64 [N]: the position of a page's first place (0: nobody's).
     """
 
     rows: Tensor
@@ -56,6 +56,7 @@ class PageBatch:
     table: Tensor
     runs: tuple[tuple[int, int, int], ...]
     gather: Tensor | None
+    first: Tensor
 
     def to(self, device: torch.device) -> PageBatch:
         """The same with its tensors on ``device``."""
@@ -66,6 +67,7 @@ class PageBatch:
             bias=self.bias.to(device, non_blocking=True),
             table=self.table.to(device, non_blocking=True),
             gather=None if self.gather is None else self.gather.to(device, non_blocking=True),
+            first=self.first.to(device, non_blocking=True),
         )
 
 
@@ -247,13 +249,13 @@ def _paged(spans: Sequence[Span], page_tokens: int, window: int | None) -> Paged
 
 
 def _page_batch(singles: Sequence[Span], size: int, window: int | None, dtype: torch.dtype) -> PageBatch:
-    owned: list[tuple[int, int, int, int]] = []  # page, row, first visible offset, end of the visible offsets
+    owned: list[tuple[int, int, int, int, int]] = []  # page, row, first visible offset, end of those, first position
     for row, span in enumerate(singles):
         stop = span.start + 1
         lowest = 0 if window is None else max(0, stop - window)
         for place in range(max(lowest // size, span.skip), -(-stop // size)):
             base = place * size
-            owned.append((span.pages[place], row, max(0, lowest - base), min(size, stop - base)))
+            owned.append((span.pages[place], row, max(0, lowest - base), min(size, stop - base), base))
     owned.sort()
     ids = [page for page, *_ in owned]
     runs, places = _runs(ids)
@@ -264,17 +266,19 @@ def _page_batch(singles: Sequence[Span], size: int, window: int | None, dtype: t
     number = runs[-1][1] + runs[-1][2]
 
     owner = torch.full((number,), len(singles), dtype=torch.long)
-    owner[places] = torch.tensor([row for _, row, _, _ in owned])
+    owner[places] = torch.tensor([row for _, row, *_ in owned])
     begin = torch.zeros(number, dtype=torch.long)
-    begin[places] = torch.tensor([low for _, _, low, _ in owned])
+    begin[places] = torch.tensor([low for _, _, low, *_ in owned])
     end = torch.full((number,), size, dtype=torch.long)  # a page that is nobody's stays finite; its result is dropped
-    end[places] = torch.tensor([high for _, _, _, high in owned])
+    end[places] = torch.tensor([high for _, _, _, high, _ in owned])
+    first = torch.zeros(number, dtype=torch.long)
+    first[places] = torch.tensor([base for *_, base in owned])
     offsets = torch.arange(size)
     visible = (offsets >= begin.unsqueeze(1)) & (offsets < end.unsqueeze(1))
     bias = torch.zeros(number, size, dtype=dtype).masked_fill_(~visible, -torch.inf)
 
     per_row: list[list[int]] = [[] for _ in singles]
-    for place, (_, row, _, _) in zip(places, owned, strict=True):
+    for place, (_, row, *_) in zip(places, owned, strict=True):
         per_row[row].append(place)
     longest = max(len(row) for row in per_row)
     table = torch.tensor([row + [number] * (longest - len(row)) for row in per_row])
@@ -285,6 +289,7 @@ def _page_batch(singles: Sequence[Span], size: int, window: int | None, dtype: t
         table=table,
         runs=tuple(runs),
         gather=gather,
+        first=first,
     )
 
 

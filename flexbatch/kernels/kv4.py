@@ -1,129 +1,217 @@
 """Keys and values in 4 bits: how a page of them lies in bytes, quantize-on-store, and how pages are read again.
 
 A packed page of one layer is uint8 [kv_heads, 2, page_tokens, row_bytes]: the row of a token and head is, group after
-group along head_dim, group / 2 bytes of codes (the lower nibble first), then scale and minimum in fp16. Keys are
-rotated before they are packed, and so are the queries that meet them. Knows nothing of sequences or tiers.
+group along head_dim, group / 2 bytes of codes (the lower nibble first), then scale and minimum in fp16, in the basis of
+``kv4_basis``. What is stored of a token depends on its own key, value and position alone, and all attention reads what
+is stored, the token's own included. Knows nothing of sequences or tiers.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
+import importlib
+from dataclasses import dataclass
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from flexbatch.compression.grids import nearest_codes, searched_range
 from flexbatch.compression.groups import pack_codes
-from flexbatch.kernels.attention import AttentionBatch, PageBatch, attend_chunk, merge_pages
+from flexbatch.kernels.attention import AttentionBatch, PageBatch, Span, merge_pages
+from flexbatch.kernels.kv4_basis import Basis
+from flexbatch.kernels.paged import PagedQueries
+from flexbatch.policy.footprint import KV_TILE_BYTES, kv_group, kv_head_bytes
 
-GROUP = 64
+BACKENDS: dict[str, str] = {"cuda": "flexbatch.kernels.kv4_triton"}
+"""Device type -> the module with its kernels, imported when first used (see ``PackedBackend``)."""
+
 _CUTS = (0.0, 0.05, 0.1)
 _REFINEMENTS = 1
-_TILE_BYTES = 4 << 20  # pages unpacked to fp32 at a time: they stay in cache
+_TILE_BYTES = KV_TILE_BYTES  # of fp32 numbers packed or unpacked at a time: they stay in cache
 _HEADER = 4  # bytes of a group's scale and minimum
+_LARGEST = 65504.0  # in fp16
 
 
-def group_of(head_dim: int) -> int:
-    """The group size along ``head_dim``: 64 where it divides the head, else the whole head."""
-    return GROUP if head_dim % GROUP == 0 else head_dim
+@dataclass(frozen=True, slots=True, eq=False)
+class Meeting:
+    """Queries as packed keys want them: ``q`` [T, heads, D] for what is stored, ``means`` for ``turns`` (or None)."""
+
+    q: Tensor
+    means: Tensor | None
+    turns: Tensor | None
+    basis: Basis
 
 
-def row_bytes(head_dim: int) -> int:
-    """Bytes of the packed keys, or values, of one token and head; ``head_dim`` is even."""
-    group = group_of(head_dim)
-    return head_dim // group * (group // 2 + _HEADER)
+class PackedBackend(Protocol):
+    """What a module named in ``BACKENDS`` offers."""
 
+    def attend(self, out: Tensor, queries: PagedQueries, layer: Tensor, meeting: Meeting, scale: float) -> None:
+        """Write the attention of ``queries`` to their rows of ``out``, values as they are stored."""
 
-@functools.cache
-def rotation(head_dim: int) -> Tensor:
-    """An orthogonal matrix [D, D] that spreads large channels over all: signed Hadamard blocks, as large as fit.
-
-    Keys have a few channels far larger than the others, and a group's step is as large as its largest. Products of
-    rotated queries with rotated keys are those of the plain ones (QuaRot, Ashkboos et al., 2024).
-    """
-    block = head_dim & -head_dim
-    matrix = torch.ones(1, 1)
-    while matrix.shape[0] < block:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    signs = torch.where(torch.rand(block, 1, generator=torch.Generator().manual_seed(0)) < 0.5, -1.0, 1.0)
-    whole: Tensor = torch.block_diag(*[signs * matrix / block**0.5] * (head_dim // block))
-    return whole
-
-
-def rotate(x: Tensor) -> Tensor:
-    """Rotate queries or keys [..., D] along the last dimension."""
-    return x @ rotation(x.shape[-1]).to(device=x.device, dtype=x.dtype)
+    def store(self, layer: Tensor, pages: Tensor, offsets: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Quantize keys and values [T, kv_heads, D], in their basis, into ``layer`` at their pages and offsets."""
 
 
 def pack_rows(x: Tensor) -> Tensor:
-    """Quantize [..., D] of any floating type to packed rows uint8 [..., row_bytes]."""
-    group = group_of(x.shape[-1])
-    groups = x.float().reshape(-1, group)
-    scales, minimums = searched_range(groups, torch.ones_like(groups), torch.float16, _CUTS, _REFINEMENTS)
-    pair = torch.cat([scales, minimums], 1).to(torch.float16)
-    rows = torch.cat([pack_codes(nearest_codes(groups, scales, minimums)), pair.view(torch.uint8)], 1)
-    return rows.view(*x.shape[:-1], row_bytes(x.shape[-1]))
+    """Quantize [..., D] of any floating type to packed rows uint8 [..., row_bytes].
+
+    A number beyond fp16 counts as fp16's largest; a NaN makes its whole group NaN. Scratch memory: a few tiles.
+    """
+    group = kv_group(x.shape[-1])
+    groups = x.reshape(-1, group)
+    rows = torch.empty(groups.shape[0], group // 2 + _HEADER, dtype=torch.uint8, device=x.device)
+    step = max(1, _TILE_BYTES // (4 * group))
+    for start in range(0, groups.shape[0], step):
+        numbers = groups[start : start + step].float().clamp(-_LARGEST, _LARGEST)
+        scales, minimums = searched_range(numbers, torch.ones_like(numbers), torch.float16, _CUTS, _REFINEMENTS)
+        rows[start : start + step, : group // 2] = pack_codes(nearest_codes(numbers, scales, minimums))
+        pair = torch.cat([scales, minimums], 1).to(torch.float16)
+        rows[start : start + step, group // 2 :] = pair.view(torch.uint8)
+    return rows.view(*x.shape[:-1], kv_head_bytes(x.shape[-1]))
 
 
 def unpack_rows(rows: Tensor, head_dim: int) -> Tensor:
     """Packed rows uint8 [..., row_bytes], contiguous -> fp32 [..., D]: code * scale + minimum, rounded once."""
-    table = rows.view(-1, group_of(head_dim) // 2 + _HEADER)
+    table = rows.view(-1, kv_group(head_dim) // 2 + _HEADER)
     numbers: Tensor = torch.ops.quantized.embedding_bag_4bit_unpack(table)
     return numbers.view(*rows.shape[:-1], head_dim)
 
 
 def store_packed(
-    layer: Tensor, pages: Tensor, offsets: Tensor, k: Tensor, v: Tensor, shift: Tensor | None = None
+    layer: Tensor,
+    pages: Tensor,
+    offsets: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    basis: Basis,
+    turns: Tensor | None,
 ) -> None:
     """Quantize k, v [T, kv_heads, D] into ``layer`` uint8 [pages, kv_heads, 2, P, row_bytes] at (page, offset).
 
-    ``pages`` and ``offsets`` int64 [T]. ``shift``, of a shape that k.shape broadcasts with, is taken from the keys; it
-    must be the same for all keys of a sequence, and then changes nothing but the rounding: a number common to all
-    scores of a query drops out of its softmax.
+    ``pages``, ``offsets`` and ``positions`` int64 [T]; ``turns`` fp32 [L, D]: cosines, then sines of the positions
+    below L, or None without rotary embedding. A page whose first place is written is cleared before: whatever else it
+    held must not reach anybody, not even with the weight 0.
     """
-    keys = k.float() if shift is None else k.float() - shift
-    layer[pages, :, 0, offsets] = pack_rows(rotate(keys))
-    layer[pages, :, 1, offsets] = pack_rows(v)
+    keys = basis.stored_keys(k, positions, turns)
+    values = basis.stored_values(v, positions)
+    if k.device.type in BACKENDS:
+        _backend(k.device.type).store(layer, pages, offsets, keys, values)
+        return
+    fresh = pages[offsets == 0]
+    if fresh.numel():
+        layer.index_fill_(0, fresh, 0)
+    layer[pages, :, 0, offsets] = pack_rows(keys)
+    layer[pages, :, 1, offsets] = pack_rows(values)
 
 
-def attend_packed(batch: AttentionBatch, layer: Tensor, q: Tensor, scale: float) -> Tensor:
-    """Causal attention on the CPU over packed pages, in which the micro-batch's own keys and values already are.
+def attend_packed(
+    batch: AttentionBatch, layer: Tensor, q: Tensor, scale: float, basis: Basis, turns: Tensor | None
+) -> Tensor:
+    """Causal attention over packed pages, in which the micro-batch's own keys and values already are.
 
-    q fp32 [T, heads, D]; layer uint8 [pages, kv_heads, 2, P, row_bytes] -> [T, heads, D]. All keys are read as they
-    are stored, so a token's result does not depend on how its prompt was cut. Scratch memory: a few MB of unpacked
-    pages and one number of D for each page and head; for a chunk, its context in fp32.
+    q [T, heads, D]; layer uint8 [pages, kv_heads, 2, P, row_bytes] -> [T, heads, D]. ``turns`` as in ``store_packed``,
+    for whole pages. All keys are read as they are stored, so a token's result does not depend on how its prompt was
+    cut. Scratch memory on a CPU: a few MB of unpacked pages and a row of D for each page and head; for a chunk, one
+    head's keys and values of its context in fp32.
     """
-    out = torch.empty_like(q)
-    dim = q.shape[2]
-    queries = rotate(q)
+    if batch.paged:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        kernels = _backend(q.device.type)
+        meeting = Meeting(basis.meeting(q), None if turns is None else basis.meeting_means(q), turns, basis)
+        for part in batch.paged:
+            kernels.attend(out, part, layer, meeting, scale)
+        return out @ basis.values.t().to(q.dtype)
+    out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
+    wide = q.float()
+    queries = basis.meeting(wide)
     if batch.pages is not None:
-        out[batch.pages.rows] = _attend_pages(batch.pages, layer, queries[batch.pages.rows] * scale)
+        rows = batch.pages.rows
+        means = None if turns is None else basis.meeting_means(wide[rows]) * scale
+        out[rows] = _attend_pages(batch.pages, layer, queries[rows] * scale, means, basis, turns)
     for span in batch.spans:
-        rows = slice(span.row, span.row + span.count)
-        number = -(-(span.start + span.count) // layer.shape[3])
-        context = unpack_rows(layer.index_select(0, torch.tensor(span.pages[:number])), dim)  # [n, KV, 2, P, D]
-        tokens = context.permute(2, 0, 3, 1, 4).flatten(1, 2)[:, span.start : span.start + span.count]
-        here = replace(span, pages=range(number))
-        out[rows] = attend_chunk(here, context, queries[rows], tokens[0], tokens[1], scale, batch.window)
-    return out
+        own = slice(span.row, span.row + span.count)
+        _attend_chunk(out[own], span, layer, queries[own], scale, batch.window, basis, turns)
+    return (out @ basis.values.t()).to(q.dtype)
 
 
-def _attend_pages(batch: PageBatch, layer: Tensor, q: Tensor) -> Tensor:
-    """Rows of one token each, q [B, heads, D] rotated and scaled; pages are unpacked a few at a time."""
+def _attend_chunk(
+    out: Tensor,
+    span: Span,
+    layer: Tensor,
+    q: Tensor,
+    scale: float,
+    window: int | None,
+    basis: Basis,
+    turns: Tensor | None,
+) -> None:
+    """A chunk's queries [n, heads, D]; as many heads at a time as a tile holds of its context, at least one."""
+    _, kv_heads, _, size, _ = layer.shape
+    dim, group = q.shape[2], q.shape[1] // kv_heads
+    stop = span.start + span.count
+    page = 0 if window is None else max(0, span.start - window + 1) // size
+    first = page * size
+    ids = torch.tensor(span.pages[page : -(-stop // size)])
+    mask: Tensor | None = None
+    if span.start > first or (window is not None and stop - first > window):
+        queries_at = torch.arange(span.start, stop).unsqueeze(1)
+        keys_at = torch.arange(first, stop)
+        mask = keys_at <= queries_at
+        if window is not None:
+            mask &= keys_at > queries_at - window
+    step = max(1, _TILE_BYTES // (len(ids) * 2 * size * dim * 4))
+    for head in range(0, kv_heads, step):
+        heads = slice(head, min(head + step, kv_heads))
+        rows = layer[:, heads].index_select(0, ids).permute(2, 1, 0, 3, 4)  # [2, KV, n, P, row_bytes]
+        context = unpack_rows(rows.contiguous(), dim).flatten(2, 3)[:, :, : stop - first]  # [2, KV, L, D]
+        if turns is not None:
+            context[0] += basis.mean_keys(turns[first:stop], heads)
+        if first == 0:
+            context[0, :, 0] += basis.first_keys[heads]
+            context[1, :, 0] += basis.first_values[heads]
+        own = slice(heads.start * group, heads.stop * group)
+        attended = scaled_dot_product_attention(
+            q[:, own].transpose(0, 1).unsqueeze(0),
+            context[0].unsqueeze(0),
+            context[1].unsqueeze(0),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scale,
+            enable_gqa=group > 1,
+        )
+        out[:, own] = attended[0].transpose(0, 1)
+
+
+def _attend_pages(
+    batch: PageBatch, layer: Tensor, q: Tensor, means: Tensor | None, basis: Basis, turns: Tensor | None
+) -> Tensor:
+    """Rows of one token each, q and means [B, heads, D] scaled; pages are unpacked a few at a time."""
     total_rows, heads, dim = q.shape
     _, kv_heads, _, size, _ = layer.shape
     group, number = heads // kv_heads, batch.owner.shape[0]
     ids = _page_ids(batch)
     padded = torch.cat([q, q.new_zeros(1, heads, dim)])
+    padded_means = None if means is None else torch.cat([means, means.new_zeros(1, heads, dim)])
     highest, sums = (q.new_empty(number, kv_heads, group) for _ in range(2))
     partial = q.new_empty(number, kv_heads, group, dim)
     step = max(1, _TILE_BYTES // (kv_heads * 2 * size * dim * 4))
+    places = torch.arange(size)
     for start in range(0, number, step):
         part = slice(start, min(start + step, number))
-        pages = unpack_rows(layer.index_select(0, ids[part]), dim).flatten(0, 1)  # [n * KV, 2, P, D]
-        queries = padded.index_select(0, batch.owner[part]).view(-1, group, dim)
-        scores = torch.bmm(queries, pages[:, 0].transpose(1, 2)).view(-1, kv_heads, group, size).add_(batch.bias[part])
+        pages = unpack_rows(layer.index_select(0, ids[part]), dim)  # [n, KV, 2, P, D]
+        opening = (batch.first[part] == 0).view(-1, 1, 1)
+        pages[:, :, 0, 0] += opening * basis.first_keys
+        pages[:, :, 1, 0] += opening * basis.first_values
+        pages = pages.flatten(0, 1)
+        owner = batch.owner[part]
+        scores = torch.bmm(padded.index_select(0, owner).view(-1, group, dim), pages[:, 0].transpose(1, 2))
+        if padded_means is not None and turns is not None:
+            angles = turns[batch.first[part].unsqueeze(1) + places]  # [n, P, D]
+            common = torch.bmm(padded_means.index_select(0, owner), angles.transpose(1, 2))
+            scores += common.view(scores.shape)
+        scores = scores.view(-1, kv_heads, group, size).add_(batch.bias[part])
         highest[part] = scores.amax(-1)
         weights = scores.sub_(highest[part].unsqueeze(-1)).exp_()
         sums[part] = weights.sum(-1)
@@ -136,3 +224,8 @@ def _page_ids(batch: PageBatch) -> Tensor:
     if batch.gather is not None:
         return batch.gather
     return torch.cat([torch.arange(first, first + count) for first, _, count in batch.runs])
+
+
+@functools.cache
+def _backend(device_type: str) -> PackedBackend:
+    return cast(PackedBackend, importlib.import_module(BACKENDS[device_type]))

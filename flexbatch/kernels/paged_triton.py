@@ -95,21 +95,27 @@ def attend(
         enable_fp_fusion=True,
     )
     if split:
-        _merge_kernel[(sequences, heads)](
-            out,
-            partial,
-            highest,
-            total,
-            queries.records,
-            queries.records.stride(0),
-            HEADS=heads,
-            DIM=dim,
-            WIDTH=_padded(dim),
-            WINDOW=window,
-            PARTITION=queries.partition,
-            num_warps=1,
-            enable_fp_fusion=True,
-        )
+        merge_partitions(out, queries, partial, highest, total)
+
+
+def merge_partitions(out: Tensor, queries: PagedQueries, partial: Tensor, highest: Tensor, total: Tensor) -> None:
+    """Merge what the partitions of decoding rows gave into their rows of ``out`` [T, heads, D]."""
+    heads, dim = out.shape[1:]
+    _merge_kernel[(queries.records.shape[0], heads)](
+        out,
+        partial,
+        highest,
+        total,
+        queries.records,
+        queries.records.stride(0),
+        HEADS=heads,
+        DIM=dim,
+        WIDTH=_padded(dim),
+        WINDOW=queries.window or 0,
+        PARTITION=queries.partition,
+        num_warps=1,
+        enable_fp_fusion=True,
+    )
 
 
 def store(layer: Tensor, pages: Tensor, offsets: Tensor, k: Tensor, v: Tensor) -> None:

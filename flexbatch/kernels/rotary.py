@@ -74,6 +74,7 @@ class RotaryTable:
         self._frequencies = frequencies.to(device)
         self._cos = self._frequencies.new_empty((0, rope.dim // 2))
         self._sin = self._cos
+        self._turns = self._cos
 
     def lookup(self, positions: Tensor, length: int | None = None) -> tuple[Tensor, Tensor]:
         """int64 [T] -> cos and sin, fp32 [T, dim / 2].
@@ -84,6 +85,13 @@ class RotaryTable:
             length = int(positions.max()) + 1 if positions.numel() else 0
         self.reserve(length)
         return self._cos[positions], self._sin[positions]
+
+    def turns(self, length: int) -> Tensor:
+        """Cosines, then sines of the positions below ``length`` (and of more), fp32 [length or more, dim]."""
+        self.reserve(length)
+        if self._turns.shape[0] < length:
+            self._turns = torch.cat([self._cos, self._sin], 1)
+        return self._turns
 
     def reserve(self, length: int) -> None:
         """Compute the entries of all positions below ``length``."""

@@ -1,8 +1,9 @@
 """The paged KV cache on every tier: pools in RAM and on the GPU, a spill file on disk, and lanes between them.
 
 A page holds ``page_tokens`` tokens of one layer, [kv_heads, 2, page_tokens, head_dim], so that the keys (or values) of
-any run of pages are one batch of matrices with a single stride: a batched product reads them where they are. Which
-sequence holds which page is not its concern.
+any run of pages are one batch of matrices with a single stride: a batched product reads them where they are. In 4 bits
+it is uint8 [kv_heads, 2, page_tokens, bytes of a packed head] (see ``kernels.kv4``), on every tier and on its way.
+Which sequence holds which page is not its concern.
 """
 
 from __future__ import annotations
@@ -14,27 +15,38 @@ import torch
 from torch import Tensor
 
 from flexbatch.memory.spill import SpillFile
+from flexbatch.policy.footprint import kv_head_bytes, kv_page_bytes
 
 Allocate = Callable[[int], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class PageShape:
-    """What a page of one layer looks like."""
+    """What a page of one layer looks like: numbers of ``dtype``, or in 4 ``bits`` packed ones."""
 
     kv_heads: int
     page_tokens: int
     head_dim: int
     dtype: torch.dtype
+    bits: int = 16
 
     @property
     def nbytes(self) -> int:
         """Bytes of a page of one layer."""
-        return self.kv_heads * 2 * self.page_tokens * self.head_dim * self.dtype.itemsize
+        return kv_page_bytes(self.page_tokens, self._row_bytes, self.bits)
 
     def view(self, raw: Tensor) -> Tensor:
-        """uint8 [n * nbytes] -> [n, kv_heads, 2, page_tokens, head_dim]."""
-        return raw.view(self.dtype).view(-1, self.kv_heads, 2, self.page_tokens, self.head_dim)
+        """uint8 [n * nbytes] -> [n, kv_heads, 2, page_tokens, head_dim], or packed heads (pages apart)."""
+        if self.bits == 16:
+            return raw.view(self.dtype).view(-1, self.kv_heads, 2, self.page_tokens, self.head_dim)
+        pages = raw.view(-1, self.nbytes)[:, : self.page_tokens * self._row_bytes]
+        packed: Tensor = pages.unflatten(1, (self.kv_heads, 2, self.page_tokens, -1))
+        return packed
+
+    @property
+    def _row_bytes(self) -> int:
+        head = self.head_dim * self.dtype.itemsize if self.bits == 16 else kv_head_bytes(self.head_dim)
+        return 2 * self.kv_heads * head
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +70,7 @@ class KVPool:
         self._layers = [shape.view(raw.view(-1)) for raw in self._raw]
 
     def layer(self, index: int) -> Tensor:
-        """The pool of one layer, [pages, kv_heads, 2, page_tokens, head_dim]."""
+        """The pool of one layer, [pages, kv_heads, 2, page_tokens, head_dim], or packed."""
         return self._layers[index]
 
     def raw(self, index: int) -> Tensor:

@@ -12,13 +12,14 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 
 from flexbatch.checkpoint.four_bits import as_stored, in_four_bits
 from flexbatch.checkpoint.locate import ModelFolder
 from flexbatch.checkpoint.reader import open_checkpoint
+from flexbatch.errors import UsageError
 from flexbatch.kernels.rotary import RotaryTable
 from flexbatch.kernels.sampling import NO_TOKEN
 from flexbatch.memory.direct import DirectReader
@@ -39,6 +40,7 @@ from flexbatch.runtime.allocator import keep_freed_blocks
 from flexbatch.runtime.hardware import peak_rss, product_rate
 from flexbatch.runtime.hidden import HiddenMoves
 from flexbatch.runtime.micro_batch import Readout
+from flexbatch.runtime.packed_kv import PackedKV
 from flexbatch.runtime.passenger import Loaded, Passenger
 from flexbatch.runtime.profile_cache import machine_profile
 from flexbatch.runtime.setup import allocate_kv, disk_folder, machine_for, open_device
@@ -52,6 +54,7 @@ from flexbatch.scheduler.scheduler import Scheduler
 from flexbatch.scheduler.sequence import Sequence
 from flexbatch.scheduler.steps import Step
 from flexbatch.scheduler.sweep import Slice, Sweep
+from flexbatch.shapes import ModelShape
 from flexbatch.text.codec import TextCodec
 from flexbatch.text.stops import TextStream
 from flexbatch.units import MIB
@@ -107,8 +110,7 @@ class Engine:
         self._passenger = passenger
         self._folder = folder
         self._codec = codec
-        # The KV cache is kept in 16 bits: ``auto`` has one choice.
-        self._options = replace(options, kv_bits=16)
+        self._options = replace(options, kv_bits=_kv_bits(options, folder.shape))
         self._shape = folder.shape
         self._family = family_of(folder.shape)
         table = self._family.table(folder.shape)
@@ -162,6 +164,7 @@ class Engine:
         if passenger is not None:
             dtype: torch.dtype = getattr(torch, self.plan.dtype)
             passenger.join(Loaded(self._shape, self._family, self._weights, self._device, dtype, self._routes()))
+        self._packing: PackedKV | None = None
         self._kv: KVMemory | None = None
         self._spill: SpillFile | None = None
         self._trace = Trace(keep=trace)
@@ -206,6 +209,7 @@ class Engine:
         yield from self._queue(scheduler, requests, adapters)
         runner, store = self._runner(adapters)
         try:
+            self._find_bases(runner)
             yield from self._sweeps(scheduler, runner, store)
         except BaseException as error:
             self._adapters.forget()
@@ -324,7 +328,8 @@ class Engine:
         )
 
     def _page_shape(self, plan: Plan) -> PageShape:
-        return PageShape(self._shape.num_kv_heads, plan.page_tokens, self._shape.head_dim, getattr(torch, plan.dtype))
+        dtype = getattr(torch, plan.dtype)
+        return PageShape(self._shape.num_kv_heads, plan.page_tokens, self._shape.head_dim, dtype, plan.kv_bits)
 
     def _replan(self, workload: Workload) -> None:
         """Plan for these rows; the weights stay where they are."""
@@ -334,7 +339,7 @@ class Engine:
         plan, _ = self._place(workload)
         kept = ("weights", "weights_dtype", "host_ring", "gpu_ring")
         plan = replace(plan, **{name: getattr(self.plan, name) for name in kept})
-        if (dict(plan.kv_pages), plan.page_tokens) != (dict(self.plan.kv_pages), self.plan.page_tokens):
+        if _pool_of(plan) != _pool_of(self.plan):
             self._drop_kv()
         self.plan = plan
 
@@ -360,6 +365,8 @@ class Engine:
     def _runner(self, adapters: AdapterRun | None) -> tuple[SweepRunner, AdapterStore | None]:
         routes = self._routes()
         page = self._page_shape(self.plan)
+        if self._packing is None and self.plan.kv_bits == 4:
+            self._packing = PackedKV(self._shape)
         if self._kv is None:
             self._spill, self._kv = allocate_kv(
                 self.plan, page, self._shape.num_layers, routes, self._device, self._options
@@ -380,8 +387,18 @@ class Engine:
             adapters=store,
             delays=self._delays,
             passenger=self._passenger,
+            packing=self._packing if self.plan.kv_bits == 4 else None,
         )
         return runner, store
+
+    def _find_bases(self, runner: SweepRunner) -> None:
+        """Before the first packed key: see what keys look like."""
+        if self._packing is None or not self._packing.observes:
+            return
+        started = time.perf_counter()
+        runner.run(self._packing.sweep(self._codec, self._device.compute), more=True)
+        self._packing.settle()
+        self._load_s += time.perf_counter() - started
 
     def _lost(self, scheduler: Scheduler, store: AdapterStore) -> list[Result]:
         """The rows of adapters that could not be read during the run."""
@@ -512,3 +529,17 @@ class Engine:
             lora=request.request.lora,
             error=error,
         )
+
+
+def _pool_of(plan: Plan) -> tuple[dict[str, int], int, int]:
+    """What the pools of pages depend on."""
+    return dict(plan.kv_pages), plan.page_tokens, plan.kv_bits
+
+
+def _kv_bits(options: EngineOptions, shape: ModelShape) -> Literal[16, 4] | None:
+    """What is asked for, as far as heads can be packed. Raises UsageError if they cannot, and have to."""
+    if shape.head_dim % 2 == 0:
+        return options.kv_bits
+    if options.kv_bits == 4:
+        raise UsageError(f"--kv-bits 4: heads of odd width (head_dim {shape.head_dim}) are not packed: use 16")
+    return 16

@@ -52,6 +52,7 @@ class MicroBatchState:
     attended: Tensor | None = None
     adapters: BoundAdapters | None = None
     _key_rows: Tensor | None = None
+    _host_positions: Tensor | None = None
 
     def hidden(self) -> Tensor:
         """The hidden state; the embedding Step has run."""
@@ -64,9 +65,16 @@ class MicroBatchState:
             self._key_rows = key_rows(self.pages, self.offsets, kv_heads, page_tokens)
         return self._key_rows
 
+    def positions_of(self, device: torch.device) -> Tensor:
+        """The positions on the device of attention: where products run, or the CPU."""
+        if self.positions.device == device or self._host_positions is None:
+            return self.positions
+        return self._host_positions
+
     def to(self, device: torch.device) -> None:
         """Bring what products read to ``device``, and what attention reads to where that is computed; once."""
         self.ids = self.ids.to(device, non_blocking=True)
+        self._host_positions = self.positions
         self.positions = self.positions.to(device, non_blocking=True)
         if self.rotary is not None:
             self.rotation = self.rotary.lookup(self.positions, self.length)

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from flexbatch.compression.groups import PackedLayout
 from flexbatch.kernels.attention import Span, attend, prepare
+from flexbatch.kernels.kv4 import attend_packed, store_packed
+from flexbatch.kernels.kv4_basis import Basis
 from flexbatch.kernels.linear import Weight, linear, pack
 from flexbatch.kernels.norms import rms_norm
 from flexbatch.memory.kv import PageShape
@@ -175,6 +177,45 @@ def attention(bench: Bench, dtype: torch.dtype) -> Probe:
         yield lambda: flops / prompt_watch.seconds(prompt)
 
     return Probe((f"{bench.tier}.attention_bytes", f"{bench.tier}.attention_flops"), samplers)
+
+
+def packed_attention(bench: Bench, dtype: torch.dtype) -> Probe:
+    """KV numbers/s that attention of decoding rows reads in 4 bits, and that are packed, of a prompt's chunk."""
+    kv_heads, device = 2, bench.torch_device
+    page = PageShape(kv_heads, _PAGE_TOKENS, _HEAD_DIM, dtype, 4)
+    pages_each = _CONTEXT // _PAGE_TOKENS
+    each = pages_each * page.nbytes
+    sequences = max(2, min(_MOST_SEQUENCES, bench.room // each))
+
+    def samplers() -> Iterator[Sampler]:
+        with bench.device.lane(bench.tier):
+            layer = page.view(bench.empty((sequences * each,), torch.uint8))
+            basis = Basis.plain(kv_heads, _HEAD_DIM).to(device)
+            spans = [
+                Span(row, 1, _CONTEXT - 1, range(row * pages_each, (row + 1) * pages_each)) for row in range(sequences)
+            ]
+            batch = prepare(spans, _PAGE_TOKENS, None, dtype, device).to(device)
+            turns = torch.ones(_CONTEXT + _PAGE_TOKENS, _HEAD_DIM, device=device)
+            q = torch.randn(sequences, kv_heads * _GROUP, _HEAD_DIM, device=device).to(dtype)
+            k = torch.randn(_CONTEXT, kv_heads, _HEAD_DIM, device=device).to(dtype)
+            positions = torch.arange(_CONTEXT, device=device)
+            pages, offsets = positions // _PAGE_TOKENS, positions % _PAGE_TOKENS
+
+        def pack(_: int) -> None:
+            store_packed(layer, pages, offsets, k, k, positions, basis, turns)
+
+        def read(_: int) -> None:
+            _drop(attend_packed(batch, layer, q, _HEAD_DIM**-0.5, basis, turns))
+
+        numbers = 2 * _CONTEXT * kv_heads * _HEAD_DIM
+        watches = bench.watch(), bench.watch()
+        with bench.device.lane(bench.tier):
+            pack(0)
+            layer.unflatten(0, (sequences, pages_each))[1:] = layer[:pages_each]
+        yield lambda: sequences * numbers / watches[0].seconds(read)
+        yield lambda: numbers / watches[1].seconds(pack)
+
+    return Probe((f"{bench.tier}.packed_attention", f"{bench.tier}.packing"), samplers)
 
 
 def _sequences(bench: Bench, kv_heads: int, context: int, dtype: torch.dtype) -> int:

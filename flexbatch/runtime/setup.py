@@ -6,7 +6,6 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from flexbatch.errors import UsageError
 from flexbatch.memory.aligned import align_up
 from flexbatch.memory.kv import DiskPages, KVMemory, KVPool, PageShape
 from flexbatch.memory.spill import SpillFile
@@ -24,9 +23,7 @@ _DISK_SHARE = 0.9
 
 
 def open_device(options: EngineOptions) -> Device:
-    """The device that the options name. Raises UsageError if it is not there, or for bits that no run can keep yet."""
-    if options.kv_bits == 4:
-        raise UsageError("--kv-bits 4: runs keep 16 bits in this version (flexbatch plan counts with 4): leave it out")
+    """The device that the options name. Raises UsageError if it is not there."""
     gpu_memory = options.gpu_memory
     if gpu_memory is None and options.device == "sim":
         gpu_memory = _SIM_GPU

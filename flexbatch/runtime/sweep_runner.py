@@ -27,6 +27,7 @@ from flexbatch.runtime.executor import Executor
 from flexbatch.runtime.hidden import HiddenMoves
 from flexbatch.runtime.kv_moves import KVMoves
 from flexbatch.runtime.micro_batch import MicroBatchState, Readout, start
+from flexbatch.runtime.packed_kv import PackedKV
 from flexbatch.runtime.passenger import Passenger
 from flexbatch.runtime.readout import read
 from flexbatch.runtime.trace import Trace
@@ -66,8 +67,10 @@ class SweepRunner:
         adapters: AdapterStore | None = None,
         delays: Callable[[Step], float] | None = None,
         passenger: Passenger | None = None,
+        packing: PackedKV | None = None,
     ) -> None:
         self._shape = shape
+        self._packing = packing
         self._family = family
         self._weights = weights
         self._kv = KVMoves(kv, routes, device)
@@ -135,6 +138,8 @@ class SweepRunner:
             offset += align_up(state.hidden_bytes)
             flight.states.append(state)
             flight.readouts.append([])
+        if self._packing is not None:
+            self._packing.prepare(flight.states, self._plan.page_tokens)
         self._flight = flight
         started = time.perf_counter()
         ride = None if self._passenger is None else self._passenger.board()
@@ -185,10 +190,17 @@ class SweepRunner:
         index = step.group - 1
         assert state.qkv is not None
         q, k, v = state.qkv
+        if self._packing is not None and self._packing.observes:
+            state.attended = self._packing.observe(index, q, k, v, self._shape.scale_of(index))
+            state.qkv = None
+            return
         layer = self._kv.layer(step, state.batch, state.staging)
-        store_paged(layer, state.pages, state.offsets, k, v, state.key_rows(k.shape[1], layer.shape[3]))
-        batch = state.attention[self._shape.windows[index]]
-        state.attended = attend(batch, layer, q, k, v, self._shape.scale_of(index))
+        batch, scale = state.attention[self._shape.windows[index]], self._shape.scale_of(index)
+        if self._packing is not None:
+            state.attended = self._packing.attend(index, state, batch, layer, (q, k, v), scale)
+        else:
+            store_paged(layer, state.pages, state.offsets, k, v, state.key_rows(k.shape[1], layer.shape[3]))
+            state.attended = attend(batch, layer, q, k, v, scale)
         state.qkv = None
 
     def _finish(self, step: Step) -> None:

@@ -9,10 +9,13 @@ import torch
 
 from flexbatch.compression.groups import dequantize
 from flexbatch.kernels.attention import Span, attend, prepare
+from flexbatch.kernels.kv4 import attend_packed, store_packed, unpack_rows
 from flexbatch.kernels.linear import linear, linear_backward
 from flexbatch.kernels.paged import attend_paged, store_paged
+from flexbatch.policy.footprint import kv_head_bytes
 from tests.kernels.packed_cases import distance, random_packed
 from tests.kernels.paged_cases import Case, Shape, assert_near, build, dense, random_shape
+from tests.kernels.test_kv4 import drawn, table
 
 GPU = torch.device("cuda")
 CPU = torch.device("cpu")
@@ -117,3 +120,34 @@ def test_a_pool_of_more_than_2_to_the_31_numbers() -> None:
     assert torch.equal(pool[last, :, 0, 0], k[0])
     batch = prepare([Span(0, 1, 0, [last])], size, None, torch.float16, GPU).to(GPU)
     torch.testing.assert_close(attend_paged(batch.paged, pool, q, 1.0), v)
+
+
+@pytest.mark.parametrize("heads", [name for name in HEADS if name != "wide"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_packed_pages(heads: str, dtype: torch.dtype) -> None:
+    """Stored and attended to on the GPU, against the CPU's reference over the same pages."""
+    torch.manual_seed(3)
+    shape = Shape(*HEADS[heads], 64, None, ((1000, 1), (511, 1), (0, 1), (0, 300), (70, 65)))
+    case = build(random.Random(3), shape, dtype, CPU)
+    turns = table(random.Random(1), shape.dim)
+    turns = None if turns is None else torch.cat([turns] * 3)
+    basis = drawn(shape.kv_heads, shape.dim, turns)
+    pools = []
+    for device in (CPU, GPU):
+        pool = torch.zeros(*case.pool.shape[:-1], kv_head_bytes(shape.dim), dtype=torch.uint8, device=device)
+        there = None if turns is None else turns.to(device)
+        for (keys, values), span in zip(case.histories, case.spans, strict=True):
+            positions = torch.arange(len(keys), device=device)
+            pages = torch.tensor(span.pages, device=device).repeat_interleave(64)[: len(keys)]
+            own = (keys.to(device), values.to(device))
+            store_packed(pool, pages, positions % 64, *own, positions, basis.to(device), there)
+        pools.append(pool)
+    numbers = [unpack_rows(pool.cpu().contiguous(), shape.dim) for pool in pools]
+    assert float((numbers[0] - numbers[1]).norm() / numbers[0].norm()) < 2e-3
+    expected = attend_packed(
+        prepare(case.spans, 64, None, torch.float32), pools[0], case.q.float(), case.scale, basis, turns
+    )
+    batch = prepare(case.spans, 64, None, dtype, GPU).to(GPU)
+    there = None if turns is None else turns.to(GPU)
+    found = attend_packed(batch, pools[0].to(GPU), case.q.to(GPU), case.scale, basis.to(GPU), there)
+    assert float((found.float().cpu() - expected).norm() / expected.norm()) < 2e-3

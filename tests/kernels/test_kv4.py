@@ -12,17 +12,12 @@ from torch import Tensor
 
 from flexbatch.kernels import kv4
 from flexbatch.kernels.attention import attend, prepare
-from flexbatch.kernels.kv4 import (
-    attend_packed,
-    group_of,
-    pack_rows,
-    rotate,
-    rotation,
-    row_bytes,
-    store_packed,
-    unpack_rows,
-)
-from tests.kernels.paged_cases import Case, Shape, assert_near, build, dense, random_shape
+from flexbatch.kernels.kv4 import attend_packed, pack_rows, store_packed, unpack_rows
+from flexbatch.kernels.kv4_basis import Basis, BasisFinder, rotation, turned
+from flexbatch.kernels.rotary import RotaryTable, apply_rotary
+from flexbatch.policy.footprint import kv_group, kv_head_bytes
+from flexbatch.shapes import Rope
+from tests.kernels.paged_cases import Case, Shape, build, dense, random_shape
 
 CPU = torch.device("cpu")
 DIMS = (8, 20, 48, 64, 80, 128)
@@ -30,7 +25,7 @@ DIMS = (8, 20, 48, 64, 80, 128)
 
 def decoded(row: Tensor, dim: int) -> list[float]:
     """One packed row as its documentation says."""
-    raw, group = bytes(row.tolist()), group_of(dim)
+    raw, group = bytes(row.tolist()), kv_group(dim)
     numbers: list[float] = []
     for start in range(0, len(raw), group // 2 + 4):
         scale, minimum = struct.unpack_from("<ee", raw, start + group // 2)
@@ -44,11 +39,11 @@ def test_rows_are_what_the_format_says(dim: int) -> None:
     torch.manual_seed(dim)
     x = torch.randn(3, 2, dim)
     rows = pack_rows(x)
-    assert rows.shape == (3, 2, row_bytes(dim))
+    assert rows.shape == (3, 2, kv_head_bytes(dim))
     numbers = unpack_rows(rows, dim)
     expected = torch.tensor([decoded(row, dim) for row in rows.view(6, -1)], dtype=torch.float64).float()
     assert torch.equal(numbers, expected.view(3, 2, dim))
-    groups = x.view(-1, group_of(dim))
+    groups = x.view(-1, kv_group(dim))
     steps = (groups.amax(1) - groups.amin(1)) / 15
     error = (numbers - x).view_as(groups).square().mean(1)
     assert bool((error.mean() < steps.square().mean() / 12 * 1.1).all())
@@ -56,65 +51,136 @@ def test_rows_are_what_the_format_says(dim: int) -> None:
 
 def test_capacity() -> None:
     for dim in (64, 80, 96, 128, 256):
-        assert 2 * dim / row_bytes(dim) >= 3.4
+        assert 2 * dim / kv_head_bytes(dim) >= 3.4
+
+
+def test_numbers_beyond_fp16_and_none() -> None:
+    x = torch.randn(3, 64)
+    x[0, 5], x[1, 3] = 1e6, torch.nan
+    found = unpack_rows(pack_rows(x), 64)
+    assert float(found[0, 5]) == pytest.approx(65504, rel=0.01)
+    assert not found[1].isfinite().any()
+    assert found[2].isfinite().all()
 
 
 @pytest.mark.parametrize("dim", DIMS)
-def test_rotation_keeps_products_and_flattens_outliers(dim: int) -> None:
+def test_rotation_is_orthogonal_and_flattens_outliers(dim: int) -> None:
     matrix = rotation(dim).double()
     torch.testing.assert_close(matrix @ matrix.t(), torch.eye(dim, dtype=torch.float64), atol=1e-6, rtol=0)
-    q, k = torch.randn(5, dim), torch.randn(7, dim)
-    torch.testing.assert_close(rotate(q) @ rotate(k).t(), q @ k.t(), atol=1e-4, rtol=1e-4)
     if dim % 16 == 0:
+        k = torch.randn(7, dim)
         k[:, 3] = 50.0
-        assert float(rotate(k).abs().amax()) < 30
+        assert float((k @ rotation(dim)).abs().amax()) < 30
 
 
-def packed(case: Case) -> tuple[Tensor, Case]:
+def table(rng: random.Random, dim: int) -> Tensor | None:
+    """Cosines and sines for the longest cases, or none."""
+    if dim % 2 or rng.random() < 0.3:
+        return None
+    factor = rng.choice([1.0, 0.8])
+    return RotaryTable(Rope(theta=1000.0, dim=dim)).turns(512) * factor
+
+
+def drawn(kv_heads: int, dim: int, turns: Tensor | None) -> Basis:
+    """A basis with everything in it."""
+    finder = BasisFinder()
+    for _ in range(2):
+        q, k, v = (torch.randn(90, heads, dim) * torch.rand(dim) for heads in (2 * kv_heads, kv_heads, kv_heads))
+        k[0] += 4 * torch.randn(kv_heads, dim)
+        k += turned(torch.randn(kv_heads, dim), None if turns is None else turns[:90])
+        finder.add(q, k, v)
+    return finder.find(turns)
+
+
+def packed(case: Case, basis: Basis, turns: Tensor | None) -> tuple[Tensor, Case]:
     """The packed pool of a case, and the case with the numbers that are in it."""
     pages, heads, _, size, dim = case.pool.shape
-    pool = torch.zeros(pages, heads, 2, size, row_bytes(dim), dtype=torch.uint8)
+    pool = torch.randint(0, 256, (pages, heads, 2, size, kv_head_bytes(dim)), dtype=torch.uint8)  # NaN among it
     histories = []
     for (keys, values), span in zip(case.histories, case.spans, strict=True):
         where = torch.tensor(span.pages).repeat_interleave(size)[: len(keys)]
-        offsets = torch.arange(len(keys)) % size
-        store_packed(pool, where, offsets, keys, values)
-        read = unpack_rows(pool, dim)
-        histories.append((read[where, :, 0, offsets] @ rotation(dim).t(), read[where, :, 1, offsets]))
+        positions = torch.arange(len(keys))
+        offsets = positions % size
+        cut = random.Random(len(keys)).randint(0, len(keys))
+        for part in (slice(0, cut), slice(cut, None)):
+            at = (where[part], offsets[part])
+            store_packed(pool, *at, keys[part], values[part], positions[part], basis, turns)
+        first = (positions == 0).view(-1, 1, 1)
+        read = unpack_rows(pool[where, :, :, offsets].contiguous(), dim)  # [L, KV, 2, D]
+        stored = (read[:, :, 0] + first * basis.first_keys).double().unsqueeze(2)
+        found = (stored @ torch.linalg.inv(basis.keys.double())).squeeze(2)
+        found += turned(basis.means, None if turns is None else turns[positions]).double()
+        histories.append((found, (read[:, :, 1] + first * basis.first_values) @ basis.values.t()))
     return pool, replace(case, histories=tuple(histories))
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(16))
 def test_attention_equals_dense_products_over_what_is_stored(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(seed)
+    torch.manual_seed(seed)
     monkeypatch.setattr(kv4, "_TILE_BYTES", rng.choice([1, 20_000, 4 << 20]))
     shape = random_shape(rng, dims=(8, 20, 48, 64), sizes=(4, 16, 48), longest=90)
     case = build(rng, shape, torch.float32, CPU)
-    pool, stored = packed(case)
+    turns = table(rng, shape.dim)
+    basis = drawn(shape.kv_heads, shape.dim, turns)
+    pool, stored = packed(case, basis, turns)
     batch = prepare(case.spans, shape.page_tokens, shape.window, torch.float32)
-    assert_near(attend_packed(batch, pool, case.q, case.scale), dense(stored))
+    found = attend_packed(batch, pool, case.q, case.scale, basis, turns)
+    expected = dense(stored)
+    assert float((found - expected).norm() / expected.norm()) < 1e-4
+    torch.testing.assert_close(found.double(), expected, atol=2e-3, rtol=2e-3)
 
 
 def test_attention_is_near_that_over_full_pages() -> None:
     shape = Shape(2, 3, 64, 16, None, ((200, 1), (0, 40), (90, 1), (30, 20)))
     case = build(random.Random(3), shape, torch.float32, CPU)
     batch = prepare(case.spans, 16, None, torch.float32)
-    found = attend_packed(batch, packed(case)[0], case.q, case.scale)
+    basis = Basis.plain(2, 64)
+    found = attend_packed(batch, packed(case, basis, None)[0], case.q, case.scale, basis, None)
     expected = attend(batch, case.pool.nan_to_num(), case.q, case.k, case.v, case.scale)
     assert float((found - expected).norm() / expected.norm()) < 0.12
 
 
-def test_a_shift_common_to_all_keys_changes_the_rounding_only() -> None:
-    shape = Shape(1, 2, 64, 16, None, ((100, 1),))
-    case = build(random.Random(4), shape, torch.float32, CPU)
-    ((keys, values),) = case.histories
-    offset = torch.randn(1, 1, 64) * 5
-    span = case.spans[0]
-    where, offsets = torch.tensor(span.pages).repeat_interleave(16)[:101], torch.arange(101) % 16
-    batch = prepare(case.spans, 16, None, torch.float32)
-    pools = [torch.zeros(*case.pool.shape[:-1], row_bytes(64), dtype=torch.uint8) for _ in range(2)]
-    store_packed(pools[0], where, offsets, keys + offset, values)
-    store_packed(pools[1], where, offsets, keys + offset, values, shift=offset)
-    expected = dense(case)
-    errors = [float((attend_packed(batch, pool, case.q, case.scale) - expected).norm()) for pool in pools]
-    assert errors[1] < 0.7 * errors[0]
+@pytest.mark.parametrize("rotary", [False, True])
+def test_a_basis_takes_away_what_keys_have_in_common(rotary: bool) -> None:
+    torch.manual_seed(0)
+    turns = RotaryTable(Rope(theta=1000.0, dim=64)).turns(256) if rotary else None
+    common, size = 8 * torch.randn(2, 64), torch.logspace(-1, 1, 64)[torch.randperm(64)]
+
+    def draw(length: int) -> tuple[Tensor, Tensor, Tensor]:
+        k = turned(common, None if turns is None else turns[:length]) + torch.randn(length, 2, 64) * size
+        k = k.expand(length, -1, -1).contiguous()
+        k[0] = 20.0
+        return torch.randn(length, 4, 64) / size.sqrt(), k, torch.randn(length, 2, 64)
+
+    finder = BasisFinder()
+    for _ in range(3):
+        finder.add(*draw(200))
+    q, k, _ = draw(256)
+    positions = torch.arange(256)
+    errors = []
+    for basis in (Basis.plain(2, 64), finder.find(turns)):
+        keys = unpack_rows(pack_rows(basis.stored_keys(k, positions, turns)), 64)
+        keys[0] += basis.first_keys
+        scores = torch.einsum("tkgd,lkd->tkgl", basis.meeting(q).view(256, 2, 2, 64), keys)
+        if turns is not None:
+            scores += torch.einsum("tkgd,ld->tkgl", basis.meeting_means(q).view(256, 2, 2, 64), turns[:256])
+        else:
+            scores += torch.einsum("tkgd,kd->tkg", q.view(256, 2, 2, 64), basis.means).unsqueeze(-1)
+        exact = torch.einsum("tkgd,lkd->tkgl", q.view(256, 2, 2, 64), k)
+        errors.append(float((scores - exact).norm() / exact.norm()))
+    assert errors[1] < 0.4 * errors[0]
+
+
+def test_a_basis_of_numbers_that_are_none_is_the_plain_one() -> None:
+    finder = BasisFinder()
+    finder.add(torch.full((9, 2, 8), torch.nan), torch.randn(9, 1, 8), torch.randn(9, 1, 8))
+    assert torch.equal(finder.find(None).keys[0], rotation(8))
+
+
+def test_rotary_turns_means_as_it_turns_keys() -> None:
+    means = torch.randn(2, 16)
+    rotary = RotaryTable(Rope(theta=100.0, dim=16))
+    cos, sin = rotary.lookup(torch.arange(40))
+    expected = apply_rotary(means.expand(40, -1, -1), cos, sin)
+    torch.testing.assert_close(turned(means, rotary.turns(40)[:40]), expected)
