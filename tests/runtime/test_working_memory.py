@@ -6,7 +6,7 @@ import random
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -67,11 +67,12 @@ def rows(count: int, vocab: int, longest: int) -> list[TokenizedRequest]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kv", ["100,0,0", "0,100,0"])
-def test_what_products_allocate_was_planned(family: str, kv: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("bits", [16, 4])
+def test_what_products_allocate_was_planned(family: str, kv: str, bits: Literal[16, 4], tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path, family, "random", seed=5, rng=random.Random(5))
     folder = locate(str(tmp_path))
     requests = rows(40, folder.shape.vocab_size, 200)
-    options = EngineOptions(device="sim", gpu_memory=64 << 20, kv=parse_shares(kv, "kv"), micro_batch=256)
+    options = EngineOptions(device="sim", gpu_memory=64 << 20, kv=parse_shares(kv, "kv"), micro_batch=256, kv_bits=bits)
     with Engine(folder, None, options, Workload.of(requests)) as engine:
         with LiveBytes() as live:
             results = list(engine.run(requests))
