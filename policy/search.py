@@ -100,9 +100,17 @@ def _trials(shop: Shop, ranked: Sequence[Ranked]) -> list[Trial]:
         least, most = sequences_of(small or found.solution), sequences_of(found.solution)
         seconds = (small or found.solution).sweep_s / least
         numbers = {min(float(round(factor * least + 0.5)), max(most, least)) for factor in _MULTIPLES}
+        # The program takes products to be as fast as those of full micro-batches: a sweep should fill one.
+        numbers.add(min(float(found.choice.rows), float(_most_sequences(shop))))
         trials += [Trial(found.choice, number, seconds * number, shop.machine) for number in sorted(numbers)]
         trials.append(Trial(found.choice, None, found.solution.sweep_s, shop.machine))
     return trials
+
+
+def _most_sequences(shop: Shop) -> int:
+    """Sequences that may ever be in flight."""
+    rows = max(1, shop.workload.num_requests)
+    return rows if shop.options.max_sequences is None else min(rows, shop.options.max_sequences)
 
 
 def sequences_of(solution: Solution) -> float:

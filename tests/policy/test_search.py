@@ -96,6 +96,16 @@ def test_on_a_cpu_that_is_fast_from_128_rows_on_decoding_rows_share_products_wit
     assert found.prompt_tokens_per_sweep == pytest.approx(2 * found.max_sequences, abs=256)
 
 
+def test_a_few_rows_run_together_where_products_gain_by_it() -> None:
+    """A product of four rows takes hardly longer than one of a single row."""
+    size, units = model("opt-125m")
+    cpu = Processor({"float32": Curve(((1, 1e10), (4, 4e10), (64, 1.5e11)))}, {"float16": 5e9}, 1e10, 5e10, 2e-5)
+    figures = HardwareProfile("a CPU", {}, {"disk_read": 1e9, "disk_write": 5e8}, cpu)
+    job, options, budgets = Workload.uniform(64, 48, 4), EngineOptions(weights=Shares(0, 1, 0)), machine(figures, 0, 8)
+    found, _ = choose("opt-125m", size, units, job, options, budgets, figures, stored_dtype="float16")
+    assert found.max_sequences == 4
+
+
 def test_a_short_job_is_no_larger_than_its_rows() -> None:
     found, _ = plan("opt-1.3b", 40, 60, (20, 5, 3))
     assert found.max_sequences <= 3
