@@ -113,13 +113,13 @@ def _packed(unit: UnitSize) -> UnitSize:
     return replace(unit, nbytes=nbytes, packed=unit.elements, packed_bytes=nbytes)
 
 
-def resident_bytes(unit: UnitSize, tier: str, precision: Precision, compute: str) -> int:
-    """What ``unit`` takes on ``tier``: RAM of a run that computes there widens it to ``precision.held``.
+def resident_bytes(unit: UnitSize, tier: str, held: str, compute: str) -> int:
+    """What ``unit`` takes on ``tier``: RAM of a run that computes there widens it to the type ``held``.
 
     What is in 4 bits stays so everywhere.
     """
     if compute == "cpu" and tier == "cpu":
-        return unit.packed_bytes + (unit.elements - unit.packed) * DTYPE_BYTES[precision.held]
+        return unit.packed_bytes + (unit.elements - unit.packed) * DTYPE_BYTES[held]
     return unit.nbytes
 
 
@@ -139,7 +139,7 @@ def account(
     weights = dict.fromkeys(TIERS, 0)
     for unit in units:
         tier = placement.tiers[unit.key]
-        weights[tier] += resident_bytes(unit, tier, cost.precision, compute)
+        weights[tier] += resident_bytes(unit, tier, cost.precision.held, compute)
     small = size.small_bytes(dtype)
     scratch = size.working_bytes(cut.batch_tokens, cut.longest, cut.logit_rows, dtype, cost.precision.kv_bits)
     lanes = LANES * cut.staged_pages * cost.page_bytes

@@ -153,7 +153,7 @@ def _given(placement: WeightPlacement, cost: Cost, units: Sequence[UnitSize], ma
     for unit in units:
         tier = placement.tiers[unit.key]
         if tier != "disk":
-            memory[tier] += resident_bytes(unit, tier, cost.precision, machine.compute)
+            memory[tier] += resident_bytes(unit, tier, cost.precision.held, machine.compute)
     memory["gpu"] += placement.gpu_ring
     memory["cpu"] += placement.host_ring
     return _Weights(
@@ -200,11 +200,11 @@ def _free(choice: Choice, cost: Cost, units: Sequence[UnitSize], machine: Machin
         times["h2d"] = Row(up, seconds["h2d"])
         memory["gpu"] = Row({"ring_gpu": layer, **({names["gpu"]: total} if "gpu" in names else {})})
         limits |= _ring("ring_gpu", [names[tier] for tier in tiers if tier != "gpu"], _largest(moving.uploaded) / layer)
-    resident = float(sum(resident_bytes(unit, "cpu", choice.precision, compute) for unit in layers))
+    resident = float(sum(resident_bytes(unit, "cpu", choice.precision.held, compute) for unit in layers))
     memory["cpu"] = Row({"ring_host": layer, **({names["cpu"]: resident} if "cpu" in names else {})})
     limits |= _ring("ring_host", [names["disk"]] if "disk" in names else [], _largest(moving.read) / layer)
     if choice.edges != "disk":
-        at_edges = sum(resident_bytes(unit, choice.edges, choice.precision, compute) for unit in edges)
+        at_edges = sum(resident_bytes(unit, choice.edges, choice.precision.held, compute) for unit in edges)
         memory[choice.edges] = memory[choice.edges] + Row({}, float(at_edges))
     return _Weights(times, memory, limits, {"weights": Row(dict.fromkeys(names.values(), 1.0), -1.0)}, moving)
 

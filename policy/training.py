@@ -13,6 +13,7 @@ from flexbatch.errors import DoesNotFitError
 from flexbatch.options import EngineOptions
 from flexbatch.policy.footprint import DTYPE_BYTES, ModelSize, UnitSize
 from flexbatch.policy.machine import LANES, Machine
+from flexbatch.policy.memory import resident_bytes
 from flexbatch.policy.plan import TierMemory
 from flexbatch.policy.search import check_options
 from flexbatch.policy.weights import WeightPlacement, deal, grown_ring
@@ -127,7 +128,10 @@ def _account(
     layers = range(max(1, job.lowest), size.shape.num_layers + 1)
     kept = {group: spread.choose(job.tokens * row) for group in layers}
     inputs = {tier: sum(job.tokens * row for own in kept.values() if own == tier) for tier in ("gpu", "cpu", "disk")}
-    resident = _resident(units, placement, compute, weights_dtype)
+    resident = {"gpu": 0, "cpu": 0, "disk": 0}
+    for unit in units:
+        tier = placement.tiers[unit.key]
+        resident[tier] += resident_bytes(unit, tier, weights_dtype, compute)
     resident[compute] += size.small_bytes(dtype)
     resident["cpu"] += placement.host_ring
     working = {"gpu": 0, "cpu": 0, "disk": 0}
@@ -162,17 +166,6 @@ def _account(
         overlap=options.overlap,
         memory=memory,
     )
-
-
-def _resident(
-    units: Sequence[UnitSize], placement: WeightPlacement, compute: str, weights_dtype: str
-) -> dict[str, int]:
-    resident = {"gpu": 0, "cpu": 0, "disk": 0}
-    for unit in units:
-        tier = placement.tiers[unit.key]
-        widened = compute == "cpu" and tier == "cpu"
-        resident[tier] += unit.elements * DTYPE_BYTES[weights_dtype] if widened else unit.nbytes
-    return resident
 
 
 def working_bytes(size: ModelSize, job: TrainingJob, dtype: str) -> int:

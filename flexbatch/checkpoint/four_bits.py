@@ -27,6 +27,7 @@ from flexbatch.checkpoint.packed import (
     stored_name,
     stored_packed,
 )
+from flexbatch.checkpoint.reader import open_checkpoint
 from flexbatch.checkpoint.safetensors import read_header, read_index, read_raw
 from flexbatch.checkpoint.shards import INDEX, Part, write_parts
 from flexbatch.checkpoint.tensors import Checkpoint, TensorEntry
@@ -62,6 +63,17 @@ class PackedCheckpoint:
     def at_rest(self, entry: TensorEntry) -> TensorEntry:
         """Return an entry of the same tensor that lies in a file."""
         return entry if entry.path is not None else self.base.at_rest(entry)
+
+
+def open_weights(
+    folder: ModelFolder, table: WeightTable, *, bits: int | None = None, progress: Progress | None = None
+) -> Checkpoint:
+    """Return the weights of a model as they are stored, or (``bits`` 4) with the layers' in 4 bits.
+
+    Raises what ``open_checkpoint`` and ``in_four_bits`` do.
+    """
+    checkpoint = as_stored(open_checkpoint(folder, table), table)
+    return in_four_bits(checkpoint, folder, table, progress) if bits == 4 else checkpoint
 
 
 def as_stored(checkpoint: Checkpoint, table: WeightTable) -> Checkpoint:

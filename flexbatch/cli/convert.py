@@ -59,9 +59,8 @@ def _convert(values: argparse.Namespace) -> ExitCode:
     if output.exists() and not output.is_dir():
         raise UsageError(f"--output {output}: is a file: give a folder that is not there yet")
     from flexbatch.checkpoint.export import PlainPacker, export
-    from flexbatch.checkpoint.four_bits import METHOD, as_stored
+    from flexbatch.checkpoint.four_bits import METHOD, open_weights
     from flexbatch.checkpoint.locate import locate
-    from flexbatch.checkpoint.reader import open_checkpoint
     from flexbatch.checkpoint.shards import identity_of
     from flexbatch.models.registry import family_of
     from flexbatch.runtime.calibrate import Calibrator
@@ -71,7 +70,7 @@ def _convert(values: argparse.Namespace) -> ExitCode:
     for warning in folder.warnings:
         console.warn(warning)
     table = family_of(folder.shape).table(folder.shape)
-    checkpoint = as_stored(open_checkpoint(folder, table), table)
+    checkpoint = open_weights(folder, table)
     digest = "" if sample is None else hashlib.sha256(sample.encode()).hexdigest()
     identity = f"{checkpoint.fingerprint} {values.weight_bits} {digest}".strip()
     if output.is_dir() and any(output.iterdir()):

@@ -215,13 +215,12 @@ def _shop(
 def _checkpoint(folder: ModelFolder, table: WeightTable) -> Checkpoint:
     """The sizes of the weights, as they are stored: a configuration says enough of them, a GGUF file itself."""
     from flexbatch.checkpoint.dummy import dummy_checkpoint
-    from flexbatch.checkpoint.four_bits import as_stored
+    from flexbatch.checkpoint.four_bits import open_weights
     from flexbatch.checkpoint.packed import packable
-    from flexbatch.checkpoint.reader import open_checkpoint
     from flexbatch.config_quantization import read_quantization
 
     if folder.path.is_file():
-        return as_stored(open_checkpoint(replace(folder, dummy=False), table), table)
+        return open_weights(replace(folder, dummy=False), table)
     found = dummy_checkpoint(folder, table)
     quantization = read_quantization(folder.shape.architecture, folder.config)
     if quantization is None:

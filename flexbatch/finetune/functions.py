@@ -13,20 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexbatch.compression.groups import Packed
-from flexbatch.compression.precision import TILE_BYTES
 from flexbatch.finetune.dropout import Dropout
 from flexbatch.finetune.parameters import LinearFactors
-from flexbatch.kernels.linear import Weight, linear
-from flexbatch.kernels.packed import unpacked_tiles
+from flexbatch.kernels.linear import Weight, linear, linear_backward
 from flexbatch.kernels.rotary import apply_rotary
 from flexbatch.memory.weights import Operand
 
-_FEWEST_COLUMNS = 128  # narrower products would be slow
-
 
 def backward_product(dy: Tensor, operand: Operand, outputs: Sequence[int]) -> Tensor:
-    """From dy [T, out] to dy @ W [T, in], in dy's type: the one place that knows how weights rest.
+    """From dy [T, out] to dy @ W [T, in], in dy's type.
 
     ``outputs``: those of each module of the linear. Sums are made module by module, so that they do not depend on
     whether a linear rests as one matrix or as several.
@@ -34,7 +29,7 @@ def backward_product(dy: Tensor, operand: Operand, outputs: Sequence[int]) -> Te
     total: Tensor | None = None
     column = 0
     for rows in _modules(operand.parts, outputs):
-        product = _times(dy[:, column : column + rows.shape[0]], rows)
+        product = linear_backward(dy[:, column : column + rows.shape[0]], rows)
         total = product if total is None else total.add_(product)
         column += rows.shape[0]
     assert total is not None
@@ -44,39 +39,11 @@ def backward_product(dy: Tensor, operand: Operand, outputs: Sequence[int]) -> Te
 def _modules(parts: Sequence[Weight], outputs: Sequence[int]) -> Iterator[Weight]:
     """The weight [out_i, in] of each module."""
     if len(parts) == len(outputs):
-        yield from (part.to_dense() if isinstance(part, Tensor) and part.is_mkldnn else part for part in parts)
+        yield from parts
         return
     (stacked,) = parts
     assert isinstance(stacked, Tensor), "weights in 4 bits lie module by module"
     yield from (stacked.to_dense() if stacked.is_mkldnn else stacked).split(list(outputs))
-
-
-def _times(dy: Tensor, weight: Weight) -> Tensor:
-    """[T, out] @ [out, in]; a narrower weight is widened some columns at a time, one in 4 bits some rows."""
-    if isinstance(weight, Packed):
-        total = dy.new_zeros(dy.shape[0], weight.shape[1])
-        for chosen, tile in unpacked_tiles(weight, dy.dtype):
-            total.add_(_product(dy[:, chosen], tile))
-        return total
-    if weight.dtype == dy.dtype:
-        return _product(dy, weight)
-    rows, columns = weight.shape
-    result = dy.new_empty(dy.shape[0], columns)
-    at_once = min(columns, max(_FEWEST_COLUMNS, TILE_BYTES // (rows * dy.dtype.itemsize)))
-    scratch = torch.empty(rows * at_once, dtype=dy.dtype, device=dy.device)
-    for start in range(0, columns, at_once):
-        stop = min(start + at_once, columns)
-        tile = scratch[: rows * (stop - start)].view(rows, stop - start).copy_(weight[:, start:stop])
-        result[:, start:stop] = _product(dy, tile)
-    return result
-
-
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """[T, k] @ [k, n]. oneDNN reads the second matrix as it lies, and is the faster one in fp32 on a CPU."""
-    if left.device.type == "cpu" and left.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(left.contiguous(), right.t(), None, "none", [], "")
-        return product
-    return left @ right
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,8 @@ from typing import Any, Self
 
 import torch
 
+from flexbatch.checkpoint.four_bits import open_weights
 from flexbatch.checkpoint.locate import ModelFolder
-from flexbatch.checkpoint.reader import open_checkpoint
 from flexbatch.errors import InternalError
 from flexbatch.finetune.inputs import SavedInputs
 from flexbatch.finetune.parameters import Parameters
@@ -81,7 +81,7 @@ class Trainer:
         shape = folder.shape
         family = family_of(shape)
         table = family.table(shape)
-        checkpoint = open_checkpoint(folder, table)
+        checkpoint = open_weights(folder, table, bits=options.weight_bits, progress=progress)
         units = units_of(table, checkpoint, shape.vocab_size)
         self._shape = shape
         self._device = open_device(options)

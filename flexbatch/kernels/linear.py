@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from flexbatch.compression.groups import Packed
-from flexbatch.compression.precision import widened_tiles
+from flexbatch.compression.precision import TILE_BYTES, widened_tiles
 from flexbatch.kernels.packed import unpacked_tiles
 
 Weight = Tensor | Packed
@@ -20,6 +20,7 @@ Weight = Tensor | Packed
 # torch's own with the weight as the left operand.
 _VERY_FEW_ROWS = 4
 _FEW_ROWS = 192  # where there is no oneDNN: up to here the weight as the left operand is up to three times as fast
+_FEWEST_COLUMNS = 128  # of a widened tile in backward: narrower products would be slow
 _PACKED_FOR = 128  # rows; the layout that is best for these is within a few percent of the best for all
 _FUSED_ROWS = 256  # on a GPU: beyond, products are bound by their operations, and plain ones run faster
 _PACK_MULTIPLES = (64, 16)  # of outputs and inputs: other shapes would be padded, and take more memory than planned
@@ -70,20 +71,36 @@ def linear(x: Tensor, parts: Sequence[Weight], bias: Tensor | None = None) -> Te
     return result if bias is None else result.add_(bias)
 
 
-def linear_backward(y: Tensor, parts: Sequence[Weight]) -> Tensor:
-    """Return ``y @ cat(parts)``: y [T, out], parts [out_i, in] -> [T, in] in y's type, the gradient of the input.
+def linear_backward(dy: Tensor, weight: Weight) -> Tensor:
+    """Return ``dy @ weight``: dy [T, out], weight [out, in] -> [T, in] in dy's type, the gradient of the input.
 
-    Narrow parts are widened, those in 4 bits unpacked, tile by tile; one in oneDNN's blocks takes as much memory again.
+    A narrower weight is widened some columns at a time, one in 4 bits unpacked some rows at a time; one in oneDNN's
+    blocks takes as much memory again.
     """
-    first = parts[0]
-    if _in_blocks(first):
-        return y @ first.to_dense()
-    if len(parts) == 1 and isinstance(first, Tensor) and first.dtype == y.dtype:
-        return y @ first
-    result = torch.zeros(y.shape[0], first.shape[1], dtype=y.dtype, device=y.device)
-    for columns, tile in _tiles(parts, y.dtype):
-        result.addmm_(y[:, columns], tile)
+    if isinstance(weight, Packed):
+        total = dy.new_zeros(dy.shape[0], weight.shape[1])
+        for chosen, tile in unpacked_tiles(weight, dy.dtype):
+            total.add_(_backward_product(dy[:, chosen], tile))
+        return total
+    dense = weight.to_dense() if weight.is_mkldnn else weight
+    if dense.dtype == dy.dtype:
+        return _backward_product(dy, dense)
+    rows, columns = dense.shape
+    result = dy.new_empty(dy.shape[0], columns)
+    at_once = min(columns, max(_FEWEST_COLUMNS, TILE_BYTES // (rows * dy.dtype.itemsize)))
+    scratch = torch.empty(rows * at_once, dtype=dy.dtype, device=dy.device)
+    for start in range(0, columns, at_once):
+        stop = min(start + at_once, columns)
+        tile = scratch[: rows * (stop - start)].view(rows, stop - start).copy_(dense[:, start:stop])
+        result[:, start:stop] = _backward_product(dy, tile)
     return result
+
+
+def _backward_product(left: Tensor, right: Tensor) -> Tensor:
+    """[T, k] @ [k, n]. oneDNN reads the second matrix as it lies, and is the faster one in fp32 on a CPU."""
+    if _has_onednn(left):
+        return _onednn(left.contiguous(), right.t(), None)
+    return left @ right
 
 
 def _packed_on_gpu(x: Tensor, parts: Sequence[Weight], bias: Tensor | None) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from flexbatch.kernels.linear import Weight, linear, linear_backward
+from flexbatch.kernels.linear import Weight, linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,10 +20,6 @@ class Operand:
     def forward(self, x: Tensor) -> Tensor:
         """[T, in] -> [T, out]: the product with all parts, and the bias."""
         return linear(x, self.parts, self.bias)
-
-    def backward(self, y: Tensor) -> Tensor:
-        """[T, out] -> [T, in]: a gradient of the outputs brought back to the inputs; the bias has no part in it."""
-        return linear_backward(y, self.parts)
 
 
 @dataclass(slots=True)

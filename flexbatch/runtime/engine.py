@@ -16,9 +16,8 @@ from typing import Any, Literal, Self
 
 import torch
 
-from flexbatch.checkpoint.four_bits import as_stored, in_four_bits
+from flexbatch.checkpoint.four_bits import in_four_bits, open_weights
 from flexbatch.checkpoint.locate import ModelFolder
-from flexbatch.checkpoint.reader import open_checkpoint
 from flexbatch.errors import UsageError
 from flexbatch.kernels.rotary import RotaryTable
 from flexbatch.kernels.sampling import NO_TOKEN
@@ -116,9 +115,7 @@ class Engine:
         table = self._family.table(folder.shape)
         self._size = model_size(folder.shape, table)
         self._device = open_device(options)
-        checkpoint = as_stored(open_checkpoint(folder, table), table)
-        if options.weight_bits == 4:
-            checkpoint = in_four_bits(checkpoint, folder, table, progress)
+        checkpoint = open_weights(folder, table, bits=options.weight_bits, progress=progress)
         units = units_of(table, checkpoint, folder.shape.vocab_size)
         self._units = unit_sizes(units)
         self._machine = machine_for(options, self._device, folder.native_dtype or folder.shape.stored_dtype)

@@ -50,12 +50,15 @@ def filled(shape: ModelShape, *, rank: int, alpha: float, targets: str | list[st
     return made
 
 
-def peft_model(path: Path, parameters: Parameters, *, rank: int, alpha: float, targets: str | list[str]) -> Any:
-    """PEFT's model with the same factors, in float64."""
+def peft_model(
+    path: Path, parameters: Parameters, *, rank: int, alpha: float, targets: str | list[str], base: Any = None
+) -> Any:
+    """PEFT's model with the same factors, in float64, on ``base`` (None: the one that ``path`` stores)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model: Any = get_peft_model(
-            load_oracle(path), LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=int(alpha), target_modules=targets)
+            base or load_oracle(path),
+            LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=int(alpha), target_modules=targets),
         )
     model = model.double()
     for module in model.modules():

@@ -48,10 +48,10 @@ def test_layers_take_four_and_a_half_bits_and_edges_stay() -> None:
     precision = Precision("float32", "int4", "float16", "float32")
     layer = next(unit for unit in narrow if not unit.edge)
     edge = next(unit for unit in narrow if unit.edge)
-    assert resident_bytes(layer, "cpu", precision, "cpu") == layer.nbytes
-    assert resident_bytes(edge, "cpu", precision, "cpu") == 4 * edge.elements
+    assert resident_bytes(layer, "cpu", precision.held, "cpu") == layer.nbytes
+    assert resident_bytes(edge, "cpu", precision.held, "cpu") == 4 * edge.elements
     mixed = replace(layer, packed=layer.elements // 2, packed_bytes=1000, nbytes=1000 + layer.elements)
-    assert resident_bytes(mixed, "cpu", precision, "cpu") == 1000 + 4 * (layer.elements - layer.elements // 2)
+    assert resident_bytes(mixed, "cpu", precision.held, "cpu") == 1000 + 4 * (layer.elements - layer.elements // 2)
     last = len(size.groups) - 1
     moved = traffic(narrow, dict.fromkeys((unit.key for unit in narrow), "cpu"), precision, "cpu", last)
     assert sum(moved.widened.values()) == sum(unit.elements for unit in narrow if not unit.edge)

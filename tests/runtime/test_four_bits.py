@@ -9,17 +9,14 @@ from typing import Any
 import pytest
 
 from flexbatch.checkpoint.locate import locate
-from flexbatch.checkpoint.packed import packable
-from flexbatch.compression.groups import dequantize
-from flexbatch.compression.quantize import quantize
-from flexbatch.models.registry import family_of
 from flexbatch.options import EngineOptions
 from flexbatch.policy.workload import Workload
 from flexbatch.requests import Result, TokenizedRequest
 from flexbatch.runtime.engine import Engine
 from flexbatch.units import parse_shares
 from tests.oracle import Row, assert_equal, generate_row, ragged_rows, requests_of
-from tests.tiny import FAMILIES, load_oracle, tiny_checkpoint
+from tests.quantized_oracle import quantized_oracle
+from tests.tiny import FAMILIES, tiny_checkpoint
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "in RAM": {},
@@ -47,20 +44,6 @@ def run(path: Path, requests: list[TokenizedRequest], **options: Any) -> tuple[l
     given: dict[str, Any] = {"device": "cpu", "weight_bits": 4, **options}
     with Engine(locate(str(path)), None, EngineOptions(**given), Workload.of(requests)) as engine:
         return list(engine.run(requests)), engine.plan
-
-
-def quantized_oracle(path: Path) -> Any:
-    """transformers' model, its layers' linear weights replaced by what 4 bits make of them."""
-    shape = locate(str(path)).shape
-    model = load_oracle(path)
-    parameters = dict(model.named_parameters())
-    for name, kind in packable(family_of(shape).table(shape)).items():
-        found = parameters.get(name, parameters.get(f"model.{name}"))
-        assert found is not None, name
-        weight = found.data.t() if kind.transposed else found.data
-        kept = dequantize(quantize(weight.contiguous()))
-        found.data.copy_(kept.t() if kind.transposed else kept)
-    return model
 
 
 def oracle_rows(path: Path, family: str, seed: int, count: int = 10) -> list[Row]:
