@@ -259,5 +259,6 @@ def _ways(options: EngineOptions, machine: Machine, *, disk: bool) -> list[tuple
     if not disk:
         sets = [tuple(way for way in ways if not way.startswith("disk")) for ways in sets]
         if machine.compute == "gpu":
-            sets.append(("gpu",))
+            # Rows at home in two places share no micro-batch, which the program does not see: one place alone, too.
+            sets += [("gpu",), *((way,) for way in sets[0] if way.startswith("cpu") and len(sets[0]) > 1)]
     return sets
