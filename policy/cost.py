@@ -250,7 +250,8 @@ class Cost:
     def product_s(self, kind: Product, group: int, load: Load, widened: float) -> float:
         """Seconds of one Step of products; ``widened`` of the weights are converted first, once a product.
 
-        All tokens of the load share a product; at the head ``logit_rows`` of them do at most.
+        All tokens of the load share a product; at the head ``logit_rows`` of them do at most. What lies between
+        products counts by the bytes it reads and writes.
         """
         flops = self.product_flops(kind, group, load)
         if flops == 0:
@@ -259,7 +260,10 @@ class Cost:
         if kind == "head":
             passes = math.ceil(load.readouts / self.logit_rows)
             rows = load.readouts / passes
-        return flops / self.product_rate(rows) + passes * self.widening_s(widened, edge=self.is_edge(group))
+        products = flops / self.product_rate(rows) + passes * self.widening_s(widened, edge=self.is_edge(group))
+        rate = self.processor(self.compute).elementwise
+        passing = passes * rows * self.size.passing(kind, group) * DTYPE_BYTES[self.precision.dtype]
+        return products + (passing / rate if rate else 0.0)
 
     def is_edge(self, group: int) -> bool:
         """Whether ``group`` is the embedding or the head."""

@@ -115,6 +115,24 @@ class ModelSize:
         found = self.groups[group].matrices + (self.groups[group].shared if kind == "head" else 0)
         return found - self.shape.hidden_size * self.qkv_width if kind == "finish" else found
 
+    def passing(self, kind: Literal["embed", "project", "finish", "head"], group: int) -> int:
+        """Numbers that operations between the products of such a Step read and write, for each of its tokens.
+
+        Norms, residuals, the MLP's activation and gate, rotation; at the head the logits' maximum and their sum.
+        """
+        shape = self.shape
+        match kind:
+            case "embed":
+                return 2 * shape.hidden_size
+            case "project":
+                return 2 * (shape.hidden_size + self.qkv_width)
+            case "head":
+                return 2 * shape.hidden_size + 4 * shape.vocab_size
+            case "finish":
+                mlp = self.matrices("finish", group) // shape.hidden_size - self.heads_width
+                inner = 5 if mlp > 2 * shape.intermediate_size else 2  # gated or not
+                return 8 * shape.hidden_size + inner * shape.intermediate_size
+
     def hidden_token_bytes(self, dtype: str) -> int:
         """The hidden state of one token between two layers."""
         return self.shape.hidden_size * DTYPE_BYTES[dtype]

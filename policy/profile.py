@@ -16,7 +16,7 @@ from flexbatch.units import parse_size
 CPU_LINKS = ("disk_read", "disk_write")
 GPU_LINKS = ("h2d", "d2h", *CPU_LINKS)
 PRODUCT_TYPES = ("float32", "float16", "bfloat16", "float64", "int8")
-PACKED_FIGURES = ("packed_attention", "packing")
+OPTIONAL_FIGURES = ("elementwise", "packed_attention", "packing")
 STORED_TYPES = ("float16", "bfloat16", "float32", "int4")
 
 
@@ -45,8 +45,9 @@ class Processor:
     hand. ``widened``: stored dtype -> weights/s that are brought to the compute type before they are used (16 bit to
     fp32 on a CPU; 4 bit: ``int4``). ``attention_bytes``: KV bytes/s that attention of decoding rows reads;
     ``attention_flops``: FLOP/s of attention of prompt tokens. ``step_s``: seconds that any Step takes at least.
-    ``packed_attention``: KV numbers/s that attention of decoding rows reads in 4 bits; ``packing``: KV numbers/s that
-    are brought to 4 bits. 0: not measured; then one is read as fast as in 16 bits, and packed as fast as it is read.
+    ``elementwise``: bytes/s that norms, activations and additions between products read and write (0: they take no
+    time). ``packed_attention``: KV numbers/s that attention of decoding rows reads in 4 bits; ``packing``: KV numbers/s
+    that are brought to 4 bits. 0: not measured; one is read as fast as in 16 bits, and packed as fast as it is read.
     """
 
     products: Mapping[str, Curve]
@@ -54,6 +55,7 @@ class Processor:
     attention_bytes: float
     attention_flops: float
     step_s: float = 0.0
+    elementwise: float = 0.0
     packed_attention: float = 0.0
     packing: float = 0.0
 
@@ -123,7 +125,7 @@ def _processor_json(processor: Processor) -> dict[str, Any]:
         "attention_bytes": processor.attention_bytes,
         "attention_flops": processor.attention_flops,
         "step_s": processor.step_s,
-        **{name: rate for name in PACKED_FIGURES if (rate := getattr(processor, name))},
+        **{name: rate for name in OPTIONAL_FIGURES if (rate := getattr(processor, name))},
     }
 
 
@@ -172,7 +174,7 @@ class _Reader:
     def processor(self, value: Any, name: str) -> Processor:
         """What one processor does a second."""
         needed = ("products", "widened", "attention_bytes", "attention_flops")
-        parts = self.members(value, name, needed, ("step_s", *PACKED_FIGURES))
+        parts = self.members(value, name, needed, ("step_s", *OPTIONAL_FIGURES))
         products, widened = parts["products"], parts["widened"]
         if not isinstance(products, dict) or not products:
             raise self.fault(f"{name}.products", 'write FLOP/s by type, such as {"float32": [[1, 2e9], [512, 1e11]]}')
@@ -191,7 +193,7 @@ class _Reader:
             attention_bytes=self.rate(parts["attention_bytes"], f"{name}.attention_bytes"),
             attention_flops=self.rate(parts["attention_flops"], f"{name}.attention_flops"),
             step_s=float(step),
-            **{kind: self.rate(parts[kind], f"{name}.{kind}") for kind in PACKED_FIGURES if kind in parts},
+            **{kind: self.rate(parts[kind], f"{name}.{kind}") for kind in OPTIONAL_FIGURES if kind in parts},
         )
 
     def curve(self, value: Any, name: str) -> Curve:

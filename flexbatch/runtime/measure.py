@@ -20,7 +20,15 @@ from flexbatch.runtime.allocator import keep_freed_blocks
 from flexbatch.runtime.device import Device
 from flexbatch.runtime.hardware import default_cpu_budget, machine_name, tier_capacities
 from flexbatch.runtime.probes import Probe, Sizes, copies, disk
-from flexbatch.runtime.processor_probes import Bench, attention, packed_attention, products, steps, widening
+from flexbatch.runtime.processor_probes import (
+    Bench,
+    attention,
+    elementwise,
+    packed_attention,
+    products,
+    steps,
+    widening,
+)
 from flexbatch.runtime.steady import Clock, Estimate, Patience, steady
 from flexbatch.units import GIB, MIB
 
@@ -147,6 +155,7 @@ def _processor(bench: Bench, own: str, types: Collection[str], effort: Effort) -
         for name in order
     ]
     probes += [widening(bench, stored) for stored in (torch.float16, torch.bfloat16, None)]
+    probes.append(elementwise(bench, getattr(torch, own)))
     probes.append(attention(bench, getattr(torch, own)))
     probes.append(packed_attention(bench, getattr(torch, own)))
     probes.append(steps(bench, getattr(torch, own)))
@@ -196,6 +205,7 @@ def _assemble(tier: str, found: Mapping[str, Estimate]) -> Processor:
         attention_bytes=found[f"{tier}.attention_bytes"].value,
         attention_flops=found[f"{tier}.attention_flops"].value,
         step_s=1 / found[f"{tier}.step_s"].value,
+        elementwise=found[f"{tier}.elementwise"].value,
         packed_attention=found[f"{tier}.packed_attention"].value,
         packing=found[f"{tier}.packing"].value,
     )

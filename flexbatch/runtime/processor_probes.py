@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flexbatch.compression.groups import PackedLayout
+from flexbatch.kernels.activations import activate
 from flexbatch.kernels.attention import Span, attend, prepare
 from flexbatch.kernels.kv4 import attend_packed, store_packed
 from flexbatch.kernels.kv4_basis import Basis
@@ -29,6 +30,7 @@ WIDENED_ROWS = 64  # enough that reading weights does not hide what widening cos
 _HEAD_DIM, _KV_HEADS, _GROUP = 128, 8, 4
 _CONTEXT, _PAGE_TOKENS, _MOST_SEQUENCES = 512, 64, 64
 _STEPS, _STEP_WIDTH = 64, 64
+_PASSING_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +138,29 @@ def widening(bench: Bench, stored: torch.dtype | None) -> Probe:
         yield sample
 
     return Probe((f"{bench.tier}.widened.{name}",), samplers)
+
+
+def elementwise(bench: Bench, dtype: torch.dtype) -> Probe:
+    """Bytes/s that what lies between a layer's products reads and writes: a norm, an addition, a gated activation."""
+    hidden, inner = bench.side, 3 * bench.side
+    rows = max(1, min(_PASSING_ROWS, bench.room // (4 * inner * dtype.itemsize)))
+
+    def samplers() -> Iterator[Sampler]:
+        with bench.device.lane(bench.tier):
+            x, y = (torch.randn(rows, hidden, device=bench.torch_device).to(dtype) for _ in range(2))
+            gate_up = torch.randn(rows, 2 * inner, device=bench.torch_device).to(dtype)
+            weight = torch.ones(hidden, device=bench.torch_device).to(dtype)
+
+        def work(_: int) -> None:
+            gate, up = gate_up.chunk(2, dim=-1)
+            _drop(rms_norm(x, weight, 1e-5).add_(y))
+            _drop(activate("silu", gate).mul_(up))
+
+        watch = bench.watch()
+        passed = rows * (5 * hidden + 5 * inner) * dtype.itemsize
+        yield lambda: passed / watch.seconds(work)
+
+    return Probe((f"{bench.tier}.elementwise",), samplers)
 
 
 def attention(bench: Bench, dtype: torch.dtype) -> Probe:
