@@ -12,10 +12,11 @@ import pytest
 
 from flexbatch.errors import UsageError
 from flexbatch.policy.machines import load_profile, profile_text, shipped_profiles
-from flexbatch.policy.profile import PACKED_FIGURES, HardwareProfile, Processor, parse_profile
+from flexbatch.policy.profile import HardwareProfile, Processor, parse_profile
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("a100-40", "a10g", "h100", "l4", "rtx3060", "rtx3090", "rtx4090", "t4")
+PACKED = ("packed_attention", "packing")
 
 
 def gpu(name: str) -> Processor:
@@ -34,7 +35,7 @@ def test_every_figure_has_a_source(name: str) -> None:
     value = profile.to_json()
     figures = {f"{part}.{key}" for part in ("memory", "links") for key in value[part]}
     for tier in ("gpu", "cpu"):
-        figures |= {f"{tier}.{key}" for key in ("attention_bytes", "attention_flops", "step_s", *PACKED_FIGURES)}
+        figures |= {f"{tier}.{key}" for key in ("attention_bytes", "attention_flops", "step_s", *PACKED)}
         figures |= {f"{tier}.{kind}.{key}" for kind in ("products", "widened") for key in value[tier][kind]}
     assert set(profile.sources) == figures
     assert all(len(source) > 15 for source in profile.sources.values())
