@@ -65,7 +65,8 @@ _KEPT = 256 * MIB  # freed memory that a process may keep for its next product
 class RunProgress:
     """How far a run is; token counts are those of finished and running rows.
 
-    ``computed_tokens`` of prompts are computed; others are shared with rows that have computed them.
+    ``computed_tokens`` of prompts are computed; others are shared with rows that have computed them. ``peak_kv_bytes``:
+    the most that pages of finished runs held on each tier, on a GPU those of adapters included.
     """
 
     rows_done: int = 0
@@ -76,6 +77,7 @@ class RunProgress:
     attention_flops: int = 0
     preemptions: int = 0
     prefixes: PrefixCounts = field(default_factory=PrefixCounts)
+    peak_kv_bytes: dict[str, int] = field(default_factory=dict)
 
     @property
     def prompt_tokens(self) -> int:
@@ -215,6 +217,7 @@ class Engine:
             raise
         finally:
             runner.close()
+            self._count_pages(pages)
         if self._passenger is not None:
             self._passenger.leave(None)
         if adapters is not None:
@@ -283,6 +286,7 @@ class Engine:
                 "cpu": peak_rss(),
                 "disk": self._spill.nbytes if self._spill is not None else 0,
             },
+            "peak_kv_bytes": dict(done.peak_kv_bytes),
             "moved_bytes": {
                 "h2d": self._device.moved["h2d"],
                 "d2h": self._device.moved["d2h"],
@@ -323,6 +327,12 @@ class Engine:
             self._profile,
             stored_dtype=self._shape.stored_dtype,
         )
+
+    def _count_pages(self, pages: Mapping[str, PageAllocator]) -> None:
+        held = self._page_shape(self.plan).nbytes * self._shape.num_layers
+        peaks = self._progress.peak_kv_bytes
+        for tier, pool in pages.items():
+            peaks[tier] = max(peaks.get(tier, 0), pool.peak * held)
 
     def _page_shape(self, plan: Plan) -> PageShape:
         dtype = getattr(torch, plan.dtype)
