@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from flexbatch.policy.cost import Cost, Load, Traffic, load_of
-from flexbatch.scheduler.lowering import Lowered, Lowerer
+from flexbatch.scheduler.lowering import Lowerer
+from flexbatch.scheduler.step_list import Lowered
 from flexbatch.scheduler.steps import Step
 from flexbatch.scheduler.sweep import Sweep
 from flexbatch.scheduler.timeline import Event

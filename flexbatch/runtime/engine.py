@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -20,7 +20,6 @@ from flexbatch.checkpoint.four_bits import in_four_bits, open_weights
 from flexbatch.checkpoint.locate import ModelFolder
 from flexbatch.errors import UsageError
 from flexbatch.kernels.rotary import RotaryTable
-from flexbatch.kernels.sampling import NO_TOKEN
 from flexbatch.memory.direct import DirectReader
 from flexbatch.memory.kv import KVMemory, PageShape
 from flexbatch.memory.spill import SpillFile
@@ -32,57 +31,32 @@ from flexbatch.policy.plan import Plan
 from flexbatch.policy.search import choose
 from flexbatch.policy.weights import WeightPlacement
 from flexbatch.policy.workload import Workload
-from flexbatch.requests import FinishReason, Result, RowError, TokenizedRequest, TokenLogprobs
+from flexbatch.requests import Result, RowError, TokenizedRequest
 from flexbatch.runtime.adapter_store import AdapterStore
 from flexbatch.runtime.adapters import AdapterRun, Adapters, adapter_error
 from flexbatch.runtime.allocator import keep_freed_blocks
+from flexbatch.runtime.answers import Answers
 from flexbatch.runtime.hardware import peak_rss, product_rate
 from flexbatch.runtime.hidden import HiddenMoves
-from flexbatch.runtime.micro_batch import Readout
 from flexbatch.runtime.packed_kv import PackedKV
 from flexbatch.runtime.passenger import Loaded, Passenger
 from flexbatch.runtime.profile_cache import machine_profile
+from flexbatch.runtime.run_progress import RunProgress
 from flexbatch.runtime.setup import allocate_kv, disk_folder, machine_for, open_device
 from flexbatch.runtime.sweep_runner import SweepRunner
 from flexbatch.runtime.trace import Trace
 from flexbatch.runtime.weight_store import Progress, WeightStore, unit_sizes, units_of
 from flexbatch.scheduler.lowering import Routes
 from flexbatch.scheduler.pages import PageAllocator
-from flexbatch.scheduler.prefix_cache import PrefixCache, PrefixCounts
+from flexbatch.scheduler.prefix_cache import PrefixCache
 from flexbatch.scheduler.scheduler import Scheduler
 from flexbatch.scheduler.sequence import Sequence
 from flexbatch.scheduler.steps import Step
-from flexbatch.scheduler.sweep import Slice, Sweep
 from flexbatch.shapes import ModelShape
 from flexbatch.text.codec import TextCodec
-from flexbatch.text.stops import TextStream
 from flexbatch.units import MIB
 
 _KEPT = 256 * MIB  # freed memory that a process may keep for its next product
-
-
-@dataclass(slots=True)
-class RunProgress:
-    """How far a run is; token counts are those of finished and running rows.
-
-    ``computed_tokens`` of prompts are computed; others are shared with rows that have computed them. ``peak_kv_bytes``:
-    the most that pages of finished runs held on each tier, on a GPU those of adapters included.
-    """
-
-    rows_done: int = 0
-    rows_failed: int = 0
-    computed_tokens: int = 0
-    completion_tokens: int = 0
-    linear_flops: int = 0
-    attention_flops: int = 0
-    preemptions: int = 0
-    prefixes: PrefixCounts = field(default_factory=PrefixCounts)
-    peak_kv_bytes: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens of prompts, computed or shared."""
-        return self.computed_tokens + self.prefixes.tokens
 
 
 class Engine:
@@ -205,11 +179,12 @@ class Engine:
             prefixes = PrefixCache(pages, self.plan.page_tokens, self._progress.prefixes)
         cache = adapters.cache if adapters is not None else None
         scheduler = Scheduler(self.plan, pages, adapters=cache, prefixes=prefixes)
-        yield from self._queue(scheduler, requests, adapters)
+        answers = Answers(self._shape.eos_token_ids, self._codec, self._progress)
+        yield from self._queue(scheduler, answers, requests, adapters)
         runner, store = self._runner(adapters)
         try:
             self._find_bases(runner)
-            yield from self._sweeps(scheduler, runner, store)
+            yield from self._sweeps(scheduler, runner, answers, store)
         except BaseException as error:
             self._adapters.forget()
             if self._passenger is not None:
@@ -217,7 +192,8 @@ class Engine:
             raise
         finally:
             runner.close()
-            self._count_pages(pages)
+            page_bytes = self._page_shape(self.plan).nbytes * self._shape.num_layers
+            self._progress.count_pages({tier: pool.peak for tier, pool in pages.items()}, page_bytes)
         if self._passenger is not None:
             self._passenger.leave(None)
         if adapters is not None:
@@ -225,9 +201,10 @@ class Engine:
         for pool in pages.values():
             pool.check_idle()
 
-    def _sweeps(self, scheduler: Scheduler, runner: SweepRunner, store: AdapterStore | None) -> Iterator[Result]:
+    def _sweeps(
+        self, scheduler: Scheduler, runner: SweepRunner, answers: Answers, store: AdapterStore | None
+    ) -> Iterator[Result]:
         """Sweep until nothing is left, and yield the rows that each sweep finishes."""
-        streams: dict[int, TextStream] = {}
         while True:
             started = time.perf_counter()
             sweep = scheduler.next_sweep()
@@ -235,17 +212,17 @@ class Engine:
                 return
             read = runner.run(sweep, more=scheduler.continues)
             scheduler.computed(sweep)
-            self._count(sweep, read)
-            lost = [] if store is None else self._lost(scheduler, store)
+            self._progress.count(self._size, sweep, read)
+            lost = [] if store is None else self._lost(scheduler, answers, store)
             finished = [
                 piece.sequence
                 for piece, readout in read
-                if piece.sequence.finish_reason is None and self._advance(scheduler, piece, readout, streams)
+                if piece.sequence.finish_reason is None and answers.advance(scheduler, piece, readout)
             ]
             for sequence in finished:
                 scheduler.retire(sequence)
             self._progress.preemptions = scheduler.preemptions
-            results = [self._result(sequence, streams) for sequence in finished]
+            results = [answers.result(sequence) for sequence in finished]
             self._sweep_s.append(time.perf_counter() - started)
             yield from results
             yield from lost
@@ -328,12 +305,6 @@ class Engine:
             stored_dtype=self._shape.stored_dtype,
         )
 
-    def _count_pages(self, pages: Mapping[str, PageAllocator]) -> None:
-        held = self._page_shape(self.plan).nbytes * self._shape.num_layers
-        peaks = self._progress.peak_kv_bytes
-        for tier, pool in pages.items():
-            peaks[tier] = max(peaks.get(tier, 0), pool.peak * held)
-
     def _page_shape(self, plan: Plan) -> PageShape:
         dtype = getattr(torch, plan.dtype)
         return PageShape(self._shape.num_kv_heads, plan.page_tokens, self._shape.head_dim, dtype, plan.kv_bits)
@@ -407,18 +378,22 @@ class Engine:
         self._packing.settle()
         self._load_s += time.perf_counter() - started
 
-    def _lost(self, scheduler: Scheduler, store: AdapterStore) -> list[Result]:
+    def _lost(self, scheduler: Scheduler, answers: Answers, store: AdapterStore) -> list[Result]:
         """The rows of adapters that could not be read during the run."""
         results = []
         while store.failures:
             name, error = store.failures.popitem()
             for sequence in scheduler.drop(name):
                 sequence.finish_reason = "error"
-                results.append(self._failed(sequence.source, adapter_error(error)))
+                results.append(answers.failed(sequence.source, adapter_error(error)))
         return results
 
     def _queue(
-        self, scheduler: Scheduler, requests: SequenceOf[TokenizedRequest], adapters: AdapterRun | None
+        self,
+        scheduler: Scheduler,
+        answers: Answers,
+        requests: SequenceOf[TokenizedRequest],
+        adapters: AdapterRun | None,
     ) -> Iterator[Result]:
         """Queue what has to be computed; yield at once what has not: rows that ask for nothing, or that cannot fit."""
         waiting = [Sequence.of(request, self._shape.max_positions) for request in requests]
@@ -428,14 +403,14 @@ class Engine:
         for sequence in waiting:
             refused = self._adapters.refusal(sequence.adapter, adapters)
             if refused is not None:
-                yield self._failed(sequence.source, refused)
+                yield answers.failed(sequence.source, refused)
             elif not sequence.wants_tokens and not (sequence.scores_prompt and sequence.prompt_len > 1):
                 sequence.finish_reason = "length"
-                yield self._result(sequence, {})
+                yield answers.result(sequence)
             elif not scheduler.fits(sequence):
                 tier = max(self.plan.kv_pages, key=lambda name: self.plan.kv_pages[name])
                 room = self.plan.kv_pages[tier] * self.plan.page_tokens
-                yield self._failed(
+                yield answers.failed(
                     sequence.source,
                     RowError(
                         "does_not_fit",
@@ -448,94 +423,6 @@ class Engine:
         started = time.perf_counter()
         scheduler.add(accepted)
         self._order_s += time.perf_counter() - started
-
-    def _count(self, sweep: Sweep, read: SequenceOf[tuple[Slice, Readout]]) -> None:
-        rows = 0
-        pairs = 0
-        for piece, readout in read:
-            rows += (readout.token is not None) + len(readout.prompt_values)
-            pairs += piece.count * piece.start + piece.count * (piece.count + 1) // 2
-            self._progress.computed_tokens += max(0, min(piece.stop, piece.sequence.prompt_len) - piece.start)
-            self._progress.completion_tokens += readout.token is not None
-        self._progress.linear_flops += self._size.linear_flops(sweep.tokens, rows)
-        self._progress.attention_flops += self._size.attention_flops(pairs)
-
-    def _advance(self, scheduler: Scheduler, piece: Slice, readout: Readout, streams: dict[int, TextStream]) -> bool:
-        """Give a sequence what was read off for it; True if that finishes it."""
-        sequence = piece.sequence
-        if readout.prompt_values:
-            scheduler.scored(piece, readout.prompt_values, readout.prompt_top, readout.prompt_branches)
-        if readout.token is None:
-            # A prompt cut over several micro-batches is scored when its last slice is.
-            if not sequence.wants_tokens and sequence.pending == 0 and piece.stop == sequence.computed:
-                sequence.finish_reason = "length"
-            return sequence.finish_reason is not None
-        if readout.token == NO_TOKEN:
-            sequence.finish_reason = "error"
-            return True
-        sequence.tokens.append(readout.token)
-        sequence.logprobs.values.append(readout.logprob)
-        sequence.logprobs.top.append(readout.top)
-        sequence.finish_reason = self._ending(sequence, readout.token, streams)
-        return sequence.finish_reason is not None
-
-    def _ending(self, sequence: Sequence, token: int, streams: dict[int, TextStream]) -> FinishReason | None:
-        params = sequence.source.request.params
-        if (token in self._shape.eos_token_ids and not params.ignore_eos) or token in params.stop_token_ids:
-            return "stop"
-        if params.stop and self._codec is not None:
-            stream = streams.setdefault(sequence.source.index, TextStream(self._codec, params.stop))
-            if stream.append(token):
-                return "stop"
-        return "length" if len(sequence.tokens) >= sequence.limit else None
-
-    def _result(self, sequence: Sequence, streams: dict[int, TextStream]) -> Result:
-        generated = sequence.generated
-        stream = streams.pop(sequence.source.index, None)
-        if sequence.finish_reason == "error":
-            message = "the model's logits are not finite (NaN or infinity): try --dtype float32"
-            return self._failed(sequence.source, RowError("not_finite", message))
-        if stream is not None:
-            text = stream.text
-        else:
-            text = self._codec.decode(generated) if self._codec is not None else ""
-        self._progress.rows_done += 1
-        assert sequence.finish_reason is not None
-        return Result(
-            id=sequence.source.request.id,
-            text=text,
-            token_ids=tuple(generated),
-            finish_reason=sequence.finish_reason,
-            prompt_tokens=sequence.prompt_len,
-            completion_tokens=len(generated),
-            logprobs=self._logprobs(sequence),
-            lora=sequence.source.request.lora,
-        )
-
-    def _logprobs(self, sequence: Sequence) -> TokenLogprobs | None:
-        if sequence.source.request.params.logprobs is None:
-            return None
-        own = sequence.logprobs
-        if not sequence.scores_prompt:
-            return TokenLogprobs(tuple(sequence.generated), tuple(own.values), tuple(own.top))
-        prompt = sequence.prompt_logprobs
-        skipped = max(1, sequence.source.score_from)
-        values = (*(None,) * skipped, *prompt.values, *own.values)
-        return TokenLogprobs(tuple(sequence.tokens), values, (*({},) * skipped, *prompt.top, *own.top))
-
-    def _failed(self, request: TokenizedRequest, error: RowError) -> Result:
-        self._progress.rows_done += 1
-        self._progress.rows_failed += 1
-        return Result(
-            id=request.request.id,
-            text="",
-            token_ids=(),
-            finish_reason="error",
-            prompt_tokens=len(request.token_ids),
-            completion_tokens=0,
-            lora=request.request.lora,
-            error=error,
-        )
 
 
 def _pool_of(plan: Plan) -> tuple[dict[str, int], int, int]:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from flexbatch.scheduler.lowering import Lowered, Routes
+from flexbatch.scheduler.lowering import Routes
+from flexbatch.scheduler.step_list import Lowered
 from flexbatch.scheduler.steps import Step
 from flexbatch.scheduler.training import Visit, cut, forward_order, reverse_order, riding_order
 from flexbatch.scheduler.training_lowering import TrainingLowerer
