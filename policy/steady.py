@@ -40,6 +40,11 @@ class Choice:
     edges: str
     hidden: Shares
 
+    @property
+    def kind(self) -> tuple[tuple[Way, ...], bool]:
+        """What the best are looked at of each: the ways of KV, and whether prompts come in by more than decode."""
+        return self.ways, self.cut.micro_tokens > 2 * self.rows
+
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
