@@ -15,6 +15,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from flexbatch.errors import InternalError
+from flexbatch.finetune.allowance import Allowance
 from flexbatch.finetune.inputs import SavedInputs
 from flexbatch.finetune.parameters import Parameters
 from flexbatch.finetune.trainer import Loss
@@ -92,7 +93,7 @@ class CoServingTrainer:
         self._mark = 0.0
         self._moving_s: dict[str, float] = dict.fromkeys(INPUT_STEPS.values(), 0.0)
         self._moved_before = dict(self._moving_s)
-        self._sweeping_s = self._spent_s = self._newest_s = 0.0
+        self._allowance = Allowance(share)
         self._passes = self._answered = 0
         self._owns_rings = False
         self.ridden = 0  # sweeps of inference that training was part of
@@ -224,7 +225,7 @@ class CoServingTrainer:
             self._go_between()
             return None
         trip = self._trip
-        if trip is None or not self._affordable():
+        if trip is None or not self._allowance.suffices:
             return None
         assert self._work is not None
         assert self._loaded is not None
@@ -241,26 +242,19 @@ class CoServingTrainer:
         return ride
 
     def arrive(self, seconds: float, busy: Mapping[str, float]) -> None:
-        """Count the sweep and what inference lost by it, and let the job go on if all is back.
-
-        Without training it would have taken as long as its busiest other resource, and at least the rest of the time.
-        """
+        """Count the sweep and what inference lost by it, and let the job go on if all is back."""
         assert self._work is not None
         assert self._loaded is not None
-        lost = 0.0
-        if self._boarded:
-            learning = self._work.seconds - self._mark
-            others = {
-                name: spent - (self._moving_s.get(name, 0.0) - self._moved_before.get(name, 0.0))
-                for name, spent in busy.items()
-                if name != self._loaded.device.compute
-            }
-            overlapped = max(others.values(), default=0.0) if self._options.overlap else 0.0
-            lost = self._newest_s = max(0.0, seconds - max(seconds - learning, overlapped))
-        self._sweeping_s += seconds - lost
-        self._spent_s += lost
+        if not self._boarded:
+            self._allowance.swept(seconds)
+            return
+        moved = {name: spent - self._moved_before[name] for name, spent in self._moving_s.items()}
+        others = {name: spent - moved.get(name, 0.0) for name, spent in busy.items()}
+        others.pop(self._loaded.device.compute, None)
+        overlapped = others if self._options.overlap else {}
+        self._allowance.shared(seconds, self._work.seconds - self._mark, overlapped)
         trip = self._trip
-        if self._boarded and trip is not None:
+        if trip is not None:
             trip.done += 1
             self.ridden += 1
             if trip.is_over:
@@ -309,8 +303,8 @@ class CoServingTrainer:
             "plan": None if self.plan is None else self.plan.to_json(),
             "sweeps_ridden": self.ridden,
             "pauses": self.pauses,
-            "inference_s": self._sweeping_s,
-            "lost_s": self._spent_s,
+            "inference_s": self._allowance.inference_s,
+            "lost_s": self._allowance.lost_s,
             "moved_bytes": {
                 "disk_read": 0 if inputs is None else inputs.bytes_read,
                 "disk_write": 0 if inputs is None else inputs.bytes_written,
@@ -340,10 +334,6 @@ class CoServingTrainer:
             self._over = self._trip is None
         return self._trip
 
-    def _affordable(self) -> bool:
-        allowed = self._share / (1 - self._share) * self._sweeping_s
-        return self._spent_s == 0 or self._spent_s + self._newest_s <= allowed
-
     def _arrived(self, trip: Trip) -> None:
         self._trip = None
         self._answered += 1
@@ -353,11 +343,10 @@ class CoServingTrainer:
         """Passes between two sweeps, as many as inference may wait for."""
         if not self._paused and self._streams:
             return  # the next sweep's weights are on their way already
-        while (trip := self._trip) is not None and self._affordable():
+        while (trip := self._trip) is not None and self._allowance.suffices:
             started = time.perf_counter()
             self._portion(trip, last=False)
-            self._newest_s = time.perf_counter() - started
-            self._spent_s += self._newest_s
+            self._allowance.stopped(time.perf_counter() - started)
             self.pauses += 1
             if trip.is_over:
                 self._arrived(trip)
