@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from flexbatch.errors import InternalError, UsageError
+from flexbatch.errors import UsageError
 from flexbatch.policy.footprint import DTYPE_BYTES, ModelSize, UnitSize, kv_page_bytes
 from flexbatch.policy.profile import HardwareProfile, Processor
 from flexbatch.scheduler.steps import Kind, Resource
@@ -26,6 +26,9 @@ Transfer = Literal[
 
 Way = Literal["gpu", "cpu", "cpu_up", "disk", "disk_up"]
 """The tier where KV rests; ``_up``: it is brought to the GPU for attention, otherwise the CPU attends to it."""
+
+
+_ATTENDED_BACK = 1.5  # five products where forward has two, less what is counted twice already
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,10 +343,29 @@ class Cost:
                 return 0.0  # the steady state has its adapters in place
             case "input_down" | "input_write" | "input_read" | "input_up":
                 return self.link_s(resource, load.tokens * self.size.hidden_token_bytes(self.precision.dtype))
-            case "learn_gather" | "learn_embed" | "learn_forward" | "learn_loss" | "learn_backward":
-                raise InternalError(f"a {kind} step is finetuning's, which is not simulated")
+            case "learn_gather":
+                return self.seconds("gather", resource, group, load, weights)
+            case "learn_embed":
+                return self.seconds("embed", resource, group, load, weights)
+            case "learn_forward":
+                return self.step_s(resource) + self.layer_s(resource, group, load, weights)
+            case "learn_loss":
+                widened = weights.widened.get(group, 0.0)
+                return self.step_s(resource) + 2 * self.product_s("head", group, load, widened)
+            case "learn_backward":
+                again = 0.0 if self.is_edge(group) else 2 * self.layer_s(resource, group, load, weights)
+                return self.step_s(resource) + again + _ATTENDED_BACK * self.attend_s(resource, load)
             case _:
                 return self.link_s(resource, self.moved(kind, load))
+
+    def layer_s(self, resource: str, group: int, load: Load, weights: Traffic) -> float:
+        """Seconds of a layer's products and attention, forward."""
+        kinds: tuple[Product, ...] = ("project", "finish")
+        whole, widened = max(1, self.size.groups[group].matrices), weights.widened.get(group, 0.0)
+        products = (
+            self.product_s(kind, group, load, widened * self.size.matrices(kind, group) / whole) for kind in kinds
+        )
+        return sum(products) + self.attend_s(resource, load)
 
     def weights_s(self, weights: Traffic) -> dict[str, float]:
         """Seconds a sweep that each resource moves weights."""
