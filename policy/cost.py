@@ -256,10 +256,8 @@ class Cost:
             raise self._lacks(f"links.{resource}")
         return nbytes / rate
 
-    def product_s(self, kind: Product, group: int, load: Load, widened: float, loose: float) -> float:
-        """Seconds of one Step of products; ``widened`` of the weights are converted first, once a product.
-
-        ``loose`` of them lie as they are stored, the others as suits products best.
+    def product_s(self, kind: Product, group: int, load: Load, weights: Traffic) -> float:
+        """Seconds of one Step of products; weights that are to be widened are, once a product.
 
         All tokens of the load share a product; at the head ``logit_rows`` of them do at most. What lies between
         products counts by the bytes it reads and writes.
@@ -271,8 +269,10 @@ class Cost:
         if kind == "head":
             passes = math.ceil(load.readouts / self.logit_rows)
             rows = load.readouts / passes
-        stored = min(1.0, loose / max(1.0, float(self.size.matrices(kind, group))))
-        products = flops * (stored / self.product_rate(rows, loose=True) + (1 - stored) / self.product_rate(rows))
+        whole = max(1, self.size.groups[group].matrices + self.size.groups[group].shared)
+        loose = min(1.0, weights.loose.get(group, 0.0) / whole)
+        widened = weights.widened.get(group, 0.0) * self.size.matrices(kind, group) / whole
+        products = flops * (loose / self.product_rate(rows, loose=True) + (1 - loose) / self.product_rate(rows))
         products += passes * self.widening_s(widened, edge=self.is_edge(group))
         rate = self.processor(self.compute).elementwise
         passing = passes * rows * self.size.passing(kind, group) * DTYPE_BYTES[self.precision.dtype]
@@ -329,11 +329,7 @@ class Cost:
             case "upload":
                 return self.link_s(resource, weights.uploaded.get(group, 0.0))
             case "embed" | "project" | "finish" | "head":
-                whole = max(1, self.size.groups[group].matrices + self.size.groups[group].shared)
-                part = self.size.matrices(kind, group) / whole
-                least = self.step_s(resource)
-                widened, loose = (part * of.get(group, 0.0) for of in (weights.widened, weights.loose))
-                return least + self.product_s(kind, group, load, widened, loose)
+                return self.step_s(resource) + self.product_s(kind, group, load, weights)
             case "attend":
                 return max(self.step_s(resource), self.processor(resource).attend_s) + self.attend_s(resource, load)
             case "gather":
@@ -350,8 +346,7 @@ class Cost:
             case "learn_forward":
                 return self.step_s(resource) + self.layer_s(resource, group, load, weights)
             case "learn_loss":
-                widened = weights.widened.get(group, 0.0)
-                return self.step_s(resource) + 2 * self.product_s("head", group, load, widened)
+                return self.step_s(resource) + 2 * self.product_s("head", group, load, weights)
             case "learn_backward":
                 again = 0.0 if self.is_edge(group) else 2 * self.layer_s(resource, group, load, weights)
                 return self.step_s(resource) + again + _ATTENDED_BACK * self.attend_s(resource, load)
@@ -361,11 +356,8 @@ class Cost:
     def layer_s(self, resource: str, group: int, load: Load, weights: Traffic) -> float:
         """Seconds of a layer's products and attention, forward."""
         kinds: tuple[Product, ...] = ("project", "finish")
-        whole, widened = max(1, self.size.groups[group].matrices), weights.widened.get(group, 0.0)
-        products = (
-            self.product_s(kind, group, load, widened * self.size.matrices(kind, group) / whole) for kind in kinds
-        )
-        return sum(products) + self.attend_s(resource, load)
+        products = sum(self.product_s(kind, group, load, weights) for kind in kinds)
+        return products + self.attend_s(resource, load)
 
     def weights_s(self, weights: Traffic) -> dict[str, float]:
         """Seconds a sweep that each resource moves weights."""
