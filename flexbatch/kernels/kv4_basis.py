@@ -84,8 +84,9 @@ class Basis:
 
     def attended(self, stored: Tensor) -> Tensor:
         """What was attended of stored values [T, heads, D] -> [T, heads, D], of the same dtype."""
-        found = by_head(stored, self.results).unflatten(1, (self.value_means.shape[0], -1))
-        return found.add_(self.value_means.to(stored.dtype).unsqueeze(1)).flatten(1, 2)
+        found: Tensor = by_head(stored, self.results).unflatten(1, (self.value_means.shape[0], -1))
+        whole: Tensor = found.add_(self.value_means.to(stored.dtype).unsqueeze(1)).flatten(1, 2)
+        return whole
 
     def meeting_means(self, q: Tensor) -> Tensor:
         """Queries [T, heads, D] -> [T, heads, D], whose product with ``turns`` at a position is that with the mean."""

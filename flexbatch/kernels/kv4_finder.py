@@ -82,7 +82,8 @@ def _covariance(x: Tensor, kv_heads: int) -> Tensor:
     wide = x.double().unflatten(1, (kv_heads, -1)).transpose(0, 1).flatten(1, 2)
     found = wide.transpose(1, 2) @ wide / max(1, wide.shape[1])
     size = found.diagonal(dim1=1, dim2=2).mean(-1).clamp_min(1e-12)
-    return found / size[:, None, None] + _RIDGE * torch.eye(x.shape[2], dtype=torch.float64)
+    covariance: Tensor = found / size[:, None, None] + _RIDGE * torch.eye(x.shape[2], dtype=torch.float64)
+    return covariance
 
 
 def _paired(numbers: Tensor, errors: Tensor) -> tuple[Tensor, Tensor, Tensor]:

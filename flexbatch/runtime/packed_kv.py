@@ -116,7 +116,8 @@ def _directions(output: Operand, q: Tensor) -> Tensor:
     (matrix,) = output.parts
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn(CALIBRATION_DIRECTIONS, matrix.shape[0], generator=generator).to(q.device, q.dtype)
-    return linear_backward(directions, matrix).float().cpu().unflatten(1, q.shape[1:])
+    back: Tensor = linear_backward(directions, matrix).float().cpu().unflatten(1, q.shape[1:])
+    return back
 
 
 def _sequences(shape: ModelShape, codec: TextCodec | None) -> Iterator[tuple[int, ...]]:

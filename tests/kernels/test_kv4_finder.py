@@ -20,7 +20,8 @@ def drawn(tokens: int, heads: int, dim: int, spread: float) -> Tensor:
     """Numbers [tokens, heads, dim] whose directions differ in size up to ``spread``."""
     sizes = torch.logspace(0, spread, dim)
     mixed = torch.linalg.qr(torch.randn(heads, dim, dim))[0]
-    return ((torch.randn(heads, tokens, dim) * sizes) @ mixed).transpose(0, 1).contiguous()
+    numbers: Tensor = ((torch.randn(heads, tokens, dim) * sizes) @ mixed).transpose(0, 1).contiguous()
+    return numbers
 
 
 @pytest.mark.parametrize("dim", DIMS)

@@ -276,6 +276,9 @@ def assert_every_figure_has_a_source(profile: HardwareProfile) -> None:
         if tier in value:
             names |= {f"{tier}.{name}" for name in ("attention_bytes", "attention_flops", *OPTIONAL_FIGURES, "step_s")}
             names |= {f"{tier}.{kind}.{name}" for kind in ("products", "widened") for name in value[tier][kind]}
+            names |= {f"{tier}.{name}" for name in ("attend_s", "loose") if name in value[tier]}
+    assert value["cpu"]["attend_s"] > 0
+    assert ("loose" in value["cpu"]) == ("gpu" not in value)
     assert names == set(profile.sources)
 
 
