@@ -18,7 +18,7 @@ import torch
 
 from flexbatch.checkpoint.four_bits import in_four_bits, open_weights
 from flexbatch.checkpoint.locate import ModelFolder
-from flexbatch.errors import UsageError
+from flexbatch.errors import DoesNotFitError, UsageError
 from flexbatch.kernels.rotary import RotaryTable
 from flexbatch.memory.direct import DirectReader
 from flexbatch.memory.kv import KVMemory, PageShape
@@ -54,7 +54,7 @@ from flexbatch.scheduler.sequence import Sequence
 from flexbatch.scheduler.steps import Step
 from flexbatch.shapes import ModelShape
 from flexbatch.text.codec import TextCodec
-from flexbatch.units import MIB
+from flexbatch.units import MIB, format_size
 
 _KEPT = 256 * MIB  # freed memory that a process may keep for its next product
 
@@ -95,10 +95,9 @@ class Engine:
         units = units_of(table, checkpoint, folder.shape.vocab_size)
         self._units = unit_sizes(units)
         self._machine = machine_for(options, self._device, folder.native_dtype or folder.shape.stored_dtype)
+        self._whole_machine, self._stale = self._machine, False
         if passenger is not None:
-            taken = passenger.working_bytes(self._machine.dtype)
-            room = self._machine.budget(self._machine.compute) - taken
-            self._machine = self._machine.with_budget(self._machine.compute, max(0, room))
+            self._machine = passenger.reserve(self._machine)
         self._profile = machine_profile(
             self._device,
             disk_folder(options),
@@ -135,8 +134,7 @@ class Engine:
         rope = folder.shape.rope
         self._rotary = None if rope is None else RotaryTable(rope, self._device.torch_device)
         if passenger is not None:
-            dtype: torch.dtype = getattr(torch, self.plan.dtype)
-            passenger.join(Loaded(self._shape, self._family, self._weights, self._device, dtype, self._routes()))
+            passenger.join(self._loaded())
         self._packing: PackedKV | None = None
         self._kv: KVMemory | None = None
         self._spill: SpillFile | None = None
@@ -227,6 +225,27 @@ class Engine:
             yield from results
             yield from lost
 
+    def carry(self, passenger: Passenger | None) -> None:
+        """Take a passenger along from now on, or none any more; the KV cache makes room for it.
+
+        Raises DoesNotFitError if that is not enough.
+        """
+        whole = self._whole_machine
+        machine = whole if passenger is None else passenger.reserve(whole)
+        own, left = self.plan.memory[machine.compute].weights, machine.budget(machine.compute)
+        if own > left:
+            raise DoesNotFitError(
+                f"beside {format_size(own)} of weights the {machine.compute} tier has no room for training: it lacks "
+                f"{format_size(own - left)}: raise --{machine.compute}-memory",
+                tier=machine.compute,
+                missing=own - left,
+                remedy=f"--{machine.compute}-memory",
+            )
+        self._drop_kv()
+        self._machine, self._passenger, self._stale = machine, passenger, True
+        if passenger is not None:
+            passenger.join(self._loaded())
+
     def put_adapter(self, name: str, folder: Path) -> None:
         """Let rows of later runs name the adapter in ``folder``; one of that name before is forgotten."""
         self._adapters.put(name, folder)
@@ -282,6 +301,16 @@ class Engine:
         """Write the Chrome trace of all sweeps so far."""
         self._trace.write(path)
 
+    @property
+    def weight_bits(self) -> int:
+        """Those of the weights that are loaded."""
+        return self.plan.weight_bits
+
+    def _loaded(self) -> Loaded:
+        dtype: torch.dtype = getattr(torch, self.plan.dtype)
+        model = (self._shape, self._family, self._weights, self._device, dtype)
+        return Loaded(*model, self._routes(), self.plan, self._profile)
+
     # --- parts of a run ----------------------------------------------------------------------------------------
 
     def _place(self, workload: Workload) -> tuple[Plan, WeightPlacement]:
@@ -311,9 +340,9 @@ class Engine:
 
     def _replan(self, workload: Workload) -> None:
         """Plan for these rows; the weights stay where they are."""
-        if workload == self._workload:
+        if workload == self._workload and not self._stale:
             return
-        self._workload = workload
+        self._workload, self._stale = workload, False
         plan, _ = self._place(workload)
         kept = ("weights", "weights_dtype", "host_ring", "gpu_ring")
         plan = replace(plan, **{name: getattr(self.plan, name) for name in kept})

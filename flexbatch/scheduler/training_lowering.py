@@ -64,6 +64,10 @@ class _Room:
         """Let go of a group without something else in its place."""
         self._gone.append(self.held.pop(group))
 
+    def emptied(self) -> _Room:
+        """The same ring with nothing in it."""
+        return _Room(self._nbytes)
+
     def forget(self, oldest: int) -> None:
         """Drop what nobody has to wait for any more: Steps before ``oldest``."""
         self._gone = [piece for piece in self._gone if max(piece.step, *piece.users, 0) >= oldest]
@@ -129,6 +133,11 @@ class TrainingLowerer(StepList):
             place += 1
             self._prefetch(following, place)
         return self.lowered()
+
+    def forget(self) -> None:
+        """Others have used the rings: nothing that was brought there is there any more, and all of it is done."""
+        self._room, self._way = self._room.emptied(), self._way.emptied()
+        self._cursor = 0
 
     def _prefetch(self, following: Sequence[int], place: int, *, needed: bool = False) -> None:
         """Fetch what is used from ``place`` on, to where nothing lies that is needed sooner.

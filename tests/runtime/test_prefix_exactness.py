@@ -133,8 +133,8 @@ def assert_same(shared: Mapping[str, Result], alone: Mapping[str, Result], close
         for values in (found.logprobs.token_logprobs, expected.logprobs.token_logprobs):
             assert len(values) == len(pairs)
         kept = [place for place in range(same) if expected.logprobs.token_logprobs[place] is not None]
-        first, second = ([each.logprobs.token_logprobs[place] for place in kept] for each in (found, expected))  # type: ignore[union-attr]
-        assert first == pytest.approx(second, abs=close)
+        ours, theirs = ([each.logprobs.token_logprobs[place] for place in kept] for each in (found, expected))  # type: ignore[union-attr]
+        assert ours == pytest.approx(theirs, abs=close)
         tops = zip(found.logprobs.top_logprobs[:same], expected.logprobs.top_logprobs[:same], strict=True)
         for top, other in tops:
             assert list(top.values()) == pytest.approx(list(other.values()), abs=close)
