@@ -135,7 +135,7 @@ def everything(options: argparse.Namespace) -> None:
         ):
             command = [sys.executable, "-m", "benchmarks.finetune_offload", "one", "--model", str(options.model)]
             command += ["--system", system, "--memory", memory, "--rows", str(rows), "--tokens", str(options.tokens)]
-            code, out, err = in_group([*command, "--disk-dir", str(options.disk_dir)], parse_size(options.cap))
+            code, out, err, _ = in_group([*command, "--disk-dir", str(options.disk_dir)], parse_size(options.cap))
             found: dict[str, Any] = {"system": system, "rows": rows, "exit_code": code}
             if code == 0:
                 found |= json.loads(out.strip().splitlines()[-1])

@@ -95,7 +95,7 @@ def simulate(
 
     def seconds(step: Step) -> float:
         # All layers cost a micro-batch the same, except for their weights.
-        layer = step.group if step.batch < 0 or weights.widened or cost.is_edge(step.group) else 1
+        layer = step.group if step.batch < 0 or weights.widened or weights.loose or cost.is_edge(step.group) else 1
         key = (step.kind, step.resource, layer, step.batch)
         found = known.get(key)
         if found is None:

@@ -238,4 +238,4 @@ def _checkpoint(folder: ModelFolder, table: WeightTable) -> Checkpoint:
     if quantization is None:
         return found
     shapes = {name: kind.shape for name, kind in packable(table).items()}
-    return found.kept_packed(shapes, quantization.group, integer_zeros=quantization.method != "flexbatch")
+    return found.kept_packed(shapes, quantization.group, "minimum" if quantization.method == "flexbatch" else "zero")

@@ -190,6 +190,8 @@ class Engine:
             raise
         finally:
             runner.close()
+            page_bytes = self._page_shape(self.plan).nbytes * self._shape.num_layers
+            self._progress.count_pages({tier: pool.peak for tier, pool in pages.items()}, page_bytes)
         if self._passenger is not None:
             self._passenger.leave(None)
         if adapters is not None:
@@ -280,6 +282,7 @@ class Engine:
                 "cpu": peak_rss(),
                 "disk": self._spill.nbytes if self._spill is not None else 0,
             },
+            "peak_kv_bytes": dict(done.peak_kv_bytes),
             "moved_bytes": {
                 "h2d": self._device.moved["h2d"],
                 "d2h": self._device.moved["d2h"],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from flexbatch.policy.footprint import ModelSize
@@ -15,7 +15,8 @@ from flexbatch.scheduler.sweep import Slice, Sweep
 class RunProgress:
     """How far a run is; token counts are those of finished and running rows.
 
-    ``computed_tokens`` of prompts are computed; others are shared with rows that have computed them.
+    ``computed_tokens`` of prompts are computed; others are shared with rows that have computed them. ``peak_kv_bytes``:
+    the most that pages of finished runs held on each tier, on a GPU those of adapters included.
     """
 
     rows_done: int = 0
@@ -26,11 +27,17 @@ class RunProgress:
     attention_flops: int = 0
     preemptions: int = 0
     prefixes: PrefixCounts = field(default_factory=PrefixCounts)
+    peak_kv_bytes: dict[str, int] = field(default_factory=dict)
 
     @property
     def prompt_tokens(self) -> int:
         """Tokens of prompts, computed or shared."""
         return self.computed_tokens + self.prefixes.tokens
+
+    def count_pages(self, peaks: Mapping[str, int], page_bytes: int) -> None:
+        """Note the most pages of ``page_bytes`` that a run held on each tier."""
+        for tier, pages in peaks.items():
+            self.peak_kv_bytes[tier] = max(self.peak_kv_bytes.get(tier, 0), pages * page_bytes)
 
     def count(self, size: ModelSize, sweep: Sweep, read: Sequence[tuple[Slice, Readout]]) -> None:
         """Add what ``sweep`` of a model of ``size`` computed and ``read`` off."""

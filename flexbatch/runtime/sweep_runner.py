@@ -197,7 +197,8 @@ class SweepRunner:
         assert state.qkv is not None
         q, k, v = state.qkv
         if self._packing is not None and self._packing.observes:
-            state.attended = self._packing.observe(index, q, k, v, self._shape.scale_of(index))
+            output = self._weights.group(step.group).linears["out"]
+            state.attended = self._packing.observe(index, q, k, v, self._shape.scale_of(index), output)
             state.qkv = None
             return
         layer = self._kv.layer(step, state.batch, state.staging)

@@ -83,12 +83,12 @@ def _randomize(module: Any, generator: torch.Generator) -> None:
 
 
 def generate_with(
-    path: Path, folders: Mapping[str, Path], rows: Sequence[tuple[tuple[int, ...], int]], names: Sequence[str | None]
+    base: Any, folders: Mapping[str, Path], rows: Sequence[tuple[tuple[int, ...], int]], names: Sequence[str | None]
 ) -> list[Row]:
-    """Every row alone, with PEFT where it names an adapter."""
+    """Every row alone, with PEFT where it names an adapter. ``base``: transformers' model, or its folder."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        base = load_oracle(path)
+        base = load_oracle(base) if isinstance(base, Path) else base
         out: list[Row | None] = [
             generate_row(base, *row) if name is None else None for row, name in zip(rows, names, strict=True)
         ]

@@ -13,7 +13,6 @@ import torch
 from flexbatch.checkpoint.locate import locate
 from flexbatch.errors import UsageError
 from flexbatch.kernels.kv4_basis import Basis
-from flexbatch.kernels.rotary import RotaryTable
 from flexbatch.options import EngineOptions
 from flexbatch.policy.workload import Workload
 from flexbatch.requests import Result, TokenizedRequest
@@ -21,9 +20,8 @@ from flexbatch.runtime import engine as engine_module
 from flexbatch.runtime.engine import Engine
 from flexbatch.scheduler.scheduler import Scheduler
 from flexbatch.units import parse_shares
-from tests.lora.peft_cases import configs, generate_with, make_adapters, requests_with
 from tests.oracle import Row, ragged_rows, requests_of
-from tests.packed_oracle import assert_nearly_equal, generate_packed, packed_attention
+from tests.packed_oracle import assert_nearly_equal, generate_packed
 from tests.tiny import FAMILIES, tiny_checkpoint, tiny_model
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -123,23 +121,6 @@ def test_company_chunks_overlap_and_preemption_change_nothing(
     with Engine(locate(str(tmp_path)), None, options, Workload.of(requests)) as engine:
         assert_same(tokens(list(engine.run(requests))), expected)
         assert engine.snapshot().preemptions > 0
-
-
-def test_rows_of_adapters(tmp_path: Path) -> None:
-    path = tiny_checkpoint(tmp_path / "model", "llama", seed=3)
-    rng = random.Random(3)
-    adapters = make_adapters(path, tmp_path / "adapters", dict(list(configs("llama", rng).items())[:3]), 3)
-    names = [None, *adapters] * 3
-    prompts = ragged_rows(rng, locate(str(path)).shape.vocab_size, len(names), longest=30, new=6)
-    shape = locate(str(path)).shape
-    turns = None if shape.rope is None else RotaryTable(shape.rope).turns(shape.max_positions)
-    with packed_attention(bases_of(path), turns):
-        rows = generate_with(path, adapters, prompts, names)
-    requests = requests_with(rows, names)
-    for settings in ({"device": "cpu"}, {"device": "sim"}, {"device": "sim", "kv": parse_shares("0,100,0", "kv")}):
-        options = EngineOptions(kv_bits=4, **settings)
-        with Engine(locate(str(path)), None, options, Workload.of(requests), adapters=adapters) as engine:
-            assert_nearly_equal(list(engine.run(requests)), rows)
 
 
 def test_auto_takes_four_bits_where_memory_is_short_and_sixteen_where_it_is_not(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sim": {"device": "sim"},
     "sim, KV and weights below": {"device": "sim", "weights": "30,30,40", "kv": "0,100,0", "micro_batch": 40},
 }
-"""Exact ones. 4-bit weights (PEFT over the dequantized base) and 4-bit KV (to tolerance) join when runs keep them."""
+"""Exact ones; those with weights or KV in 4 bits are in ``test_lora_four_bits``."""
 
 TITLES = [title for title in SETTINGS if title not in ("plain", "sim")]
 SWAPPED_ON_CPU: dict[str, Any] = {"max_sequences": 6}
