@@ -1,4 +1,4 @@
-"""What 4-bit weights and a 4-bit KV cache cost in perplexity, as a table and benchmarks/results/accuracy_4bit.json.
+"""What 4-bit weights cost in perplexity, as a table and benchmarks/results/accuracy_4bit.json.
 
 python benchmarks/accuracy_4bit.py                                    the demonstration model
 python benchmarks/accuracy_4bit.py --smollm2 FOLDER --texts FOLDER    SmolLM2
@@ -14,46 +14,31 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flexbatch.compression.feedback import InputMoments, quantize_calibrated
 from flexbatch.compression.groups import dequantize
 from flexbatch.compression.quantize import quantize
-from flexbatch.kernels.kv4 import pack_rows, unpack_rows
-from flexbatch.kernels.kv4_basis import rotation
 
 DEMO = Path(__file__).resolve().parents[1] / "flexbatch" / "assets" / "demo"
 RESULTS = Path(__file__).resolve().parent / "results" / "accuracy_4bit.json"
 CALIBRATION = ("austen-persuasion", "chesterton-brown", "melville-moby_dick", "edgeworth-parents")
 CALIBRATION_BYTES = 2048  # of each text
 TOKENS = 1024
+STORIES, STORY_TOKENS, TOP_K = 32, 256, 50
 Quantizer = Callable[[Tensor, Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class KVSetting:
-    """What of the keys and values is packed: all but the ``recent`` last tokens a query sees, itself included.
-
-    ``shifted``: the mean of a sequence's first 128 keys is taken from all its keys, which no softmax sees.
-    """
-
-    recent: int
-    shifted: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.recent} recent" + (", shifted" if self.shifted else "")
-
-
 class Subject:
-    """A model, its stored linear weights, and the token ids it is tested on."""
+    """A model, its stored linear weights, and the token ids it is tested on and calibrated with."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name = name
         self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         self.linears: dict[str, nn.Linear] = {
@@ -61,6 +46,7 @@ class Subject:
         }
         self.stored = {name: module.weight.data.clone() for name, module in self.linears.items()}
         self.tests: dict[str, list[Tensor]] = {}
+        self.calibration: list[Tensor] = []
 
     def encode(self, text: str) -> Tensor:
         """Token ids [1, n]."""
@@ -115,70 +101,34 @@ def calibrate(subject: Subject, texts: Iterable[Tensor], quantizer: Quantizer) -
         ]
 
 
-def rotate(x: Tensor) -> Tensor:
-    """Spread the last dimension's large channels over all."""
-    return x @ rotation(x.shape[-1])
-
-
-def packed_attention(setting: KVSetting) -> Callable[..., tuple[Tensor, None]]:
-    """Attention as over a packed cache, for transformers: exact for recent tokens, from 4 bits for all before."""
-
-    def attend(
-        _: nn.Module, q: Tensor, k: Tensor, v: Tensor, _mask: Tensor | None, scaling: float, **_options: object
-    ) -> tuple[Tensor, None]:
-        repeats = q.shape[1] // k.shape[1]
-        if setting.shifted:
-            k = k - k[:, :, :128].mean(2, keepdim=True)
-        keys, values = (x.repeat_interleave(repeats, 1) for x in (k, v))
-        packed_keys = unpack_rows(pack_rows(rotate(k)), k.shape[-1]).repeat_interleave(repeats, 1)
-        packed_values = unpack_rows(pack_rows(v), v.shape[-1]).repeat_interleave(repeats, 1)
-        distance = torch.arange(q.shape[2])[:, None] - torch.arange(k.shape[2])[None]
-        recent = distance < setting.recent
-        scores = torch.where(recent, q @ keys.transpose(2, 3), rotate(q) @ packed_keys.transpose(2, 3)) * scaling
-        weights = scores.masked_fill(distance < 0, -torch.inf).softmax(-1)
-        attended = (weights * recent) @ values + (weights * ~recent) @ packed_values
-        return attended.transpose(1, 2).contiguous(), None
-
-    return attend
-
-
 WAYS = ("16 bit", "min/max", "search", "calibrated")
-KV_SETTINGS = (KVSetting(8), KVSetting(8, shifted=True), KVSetting(64))
 
 
-def measure(subject: Subject, calibration: list[Tensor], ways: Sequence[str]) -> dict[str, dict[str, float]]:
-    """The rows of one model's table for ``ways`` to keep weights: by setting, the perplexity of each test."""
-    rows: dict[str, dict[str, float]] = {}
-
-    def row(name: str) -> None:
-        rows[name] = subject.perplexities()
-        print(f"{name:40s}", *(f"{value:8.3f}" for value in rows[name].values()), flush=True)
-
-    for way in ways:
-        if way == "min/max":
-            subject.put(lambda weight: dequantize(quantize(weight, method="minmax")))
-        elif way == "search":
-            subject.put(lambda weight: dequantize(quantize(weight)))
-        elif way == "calibrated":
-            calibrate(subject, calibration, lambda weight, moments: dequantize(quantize_calibrated(weight, moments)))
-        row(way)
-        if way == "min/max":
-            continue
-        for setting in KV_SETTINGS:
-            AttentionInterface.register("packed", packed_attention(setting))
-            subject.model.set_attn_implementation("packed")
-            row(f"{way}, KV 4 bit, {setting}")
-        subject.model.set_attn_implementation("sdpa")
-    return rows
+def quantize_linears(subject: Subject, way: str) -> None:
+    """Let the model's linear weights be what ``way`` (one of ``WAYS``) makes of the stored ones."""
+    if way == "16 bit":
+        subject.put(lambda weight: weight)
+    elif way == "min/max":
+        subject.put(lambda weight: dequantize(quantize(weight, method="minmax")))
+    elif way == "search":
+        subject.put(lambda weight: dequantize(quantize(weight)))
+    else:
+        texts = subject.calibration
+        calibrate(subject, texts, lambda weight, moments: dequantize(quantize_calibrated(weight, moments)))
 
 
-def smollm2(folder: Path, texts: Path, ways: Sequence[str]) -> dict[str, dict[str, float]]:
-    """The rows of SmolLM2-135M-Instruct."""
+def show(name: str, row: dict[str, float]) -> None:
+    """Print a row at once."""
+    print(f"{name:40s}", *(f"{value:8.3f}" for value in row.values()), flush=True)
+
+
+def smollm2(folder: Path, texts: Path) -> Subject:
+    """SmolLM2-135M-Instruct, with 1024 tokens of two books as tests."""
 
     def read(name: str, start: int, length: int) -> str:
         return (texts / f"{name}.txt").read_text(encoding="utf-8")[start : start + length]
 
-    subject = Subject(folder)
+    subject = Subject("SmolLM2-135M-Instruct", folder)
     places = {
         "Emma": ("austen-emma", 2000),
         "Emma, later": ("austen-emma", 300_000),
@@ -187,18 +137,42 @@ def smollm2(folder: Path, texts: Path, ways: Sequence[str]) -> dict[str, dict[st
     subject.tests = {
         name: [subject.encode(read(book, start, 8 * TOKENS))[:, :TOKENS]] for name, (book, start) in places.items()
     }
-    return measure(subject, [subject.encode(read(book, 50_000, CALIBRATION_BYTES)) for book in CALIBRATION], ways)
+    subject.calibration = [subject.encode(read(book, 50_000, CALIBRATION_BYTES)) for book in CALIBRATION]
+    return subject
 
 
-def stories15m(ways: Sequence[str]) -> dict[str, dict[str, float]]:
-    """The rows of the demonstration model, on stories that it tells itself; calibrated on others."""
-    subject = Subject(DEMO)
+def stories15m() -> Subject:
+    """The demonstration model, with stories that it tells itself as tests, calibrated on others."""
+    subject = Subject("stories15m", DEMO)
+    start = torch.full((STORIES + 8, 1), subject.model.config.bos_token_id)
     torch.manual_seed(0)
-    start = torch.tensor([[subject.model.config.bos_token_id]])
-    settings = {"do_sample": True, "max_new_tokens": 255, "attention_mask": torch.ones_like(start)}
-    stories = [subject.model.generate(start, **settings) for _ in range(40)]
-    subject.tests = {"own samples": stories[:32]}
-    return measure(subject, stories[32:], ways)
+    told = subject.model.generate(
+        start,
+        attention_mask=torch.ones_like(start),
+        do_sample=True,
+        top_k=TOP_K,
+        min_new_tokens=STORY_TOKENS - 1,
+        max_new_tokens=STORY_TOKENS - 1,
+    )
+    subject.tests = {"own samples": list(told[:STORIES].split(1))}
+    subject.calibration = list(told[STORIES:].split(1))
+    return subject
+
+
+def subject_of(smollm2_folder: Path | None, texts: Path | None) -> Subject:
+    """What the command line names: SmolLM2 if both folders are given, else the demonstration model."""
+    return stories15m() if smollm2_folder is None or texts is None else smollm2(smollm2_folder, texts)
+
+
+def keep(results: Path, name: str, rows: dict[str, dict[str, float]], order: Sequence[str]) -> None:
+    """Add ``rows`` to the table ``name`` of the file ``results``, in ``order``; print all tables."""
+    tables: dict[str, dict[str, dict[str, float]]] = {}
+    if results.exists():
+        tables = json.loads(results.read_text(encoding="utf-8"))
+    found = {**tables.get(name, {}), **rows}
+    tables[name] = {row: found[row] for row in order if row in found}
+    results.write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")
+    print(markdown(tables))
 
 
 def main() -> None:
@@ -211,18 +185,13 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    tables: dict[str, dict[str, dict[str, float]]] = {}
-    if options.output.exists():
-        tables = json.loads(options.output.read_text(encoding="utf-8"))
-    if options.smollm2 is not None and options.texts is not None:
-        name, found = "SmolLM2-135M-Instruct", smollm2(options.smollm2, options.texts, options.ways)
-    else:
-        name, found = "stories15m", stories15m(options.ways)
-    rows = {**tables.get(name, {}), **found}
-    order = {row: place for place, row in enumerate(WAYS)}
-    tables[name] = {row: rows[row] for row in sorted(rows, key=lambda row: order[row.partition(", ")[0]])}
-    options.output.write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")
-    print(markdown(tables))
+    subject = subject_of(options.smollm2, options.texts)
+    rows = {}
+    for way in options.ways:
+        quantize_linears(subject, way)
+        rows[way] = subject.perplexities()
+        show(way, rows[way])
+    keep(options.output, subject.name, rows, WAYS)
 
 
 def markdown(tables: dict[str, dict[str, dict[str, float]]]) -> str:

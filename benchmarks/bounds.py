@@ -27,6 +27,7 @@ from flexbatch.kernels.linear import linear
 from flexbatch.memory.aligned import aligned_buffer
 from flexbatch.memory.direct import DirectReader, Extent, plan_reads
 from flexbatch.options import Resource
+from flexbatch.units import parse_size
 
 _COLD = 256 << 20  # bytes of weights that a timed pass walks over, so that no cache holds them
 
@@ -55,13 +56,13 @@ def generate(llm: LLM, rows: int, prompt: int, new: int) -> dict[str, Any]:
     return {"seconds": seconds, "flops": flops, "rate": after["flops"]["rate"], **spent}
 
 
-def read_rate(model: Path) -> float:
-    """Bytes/s of one direct read of the checkpoint's files through the reader that runs use."""
+def read_rate(model: Path, limit: float | None) -> float:
+    """Bytes/s of one direct read of the checkpoint's files through the reader that runs use, slowed to ``limit``."""
     files = sorted(model.glob("*.safetensors"))
     piece = 64 << 20
     buffer = aligned_buffer(piece + (1 << 20))
     total, seconds = 0, 0.0
-    with closing(DirectReader()) as reader:
+    with closing(DirectReader(rate=limit)) as reader:
         for file in files:
             for offset in range(0, file.stat().st_size - piece, piece):
                 started = time.perf_counter()
@@ -98,12 +99,14 @@ def linear_seconds(model: Path, rows: int, dtype: torch.dtype) -> float:
 def disk(options: argparse.Namespace) -> dict[str, Any]:
     """Weights on disk, few rows."""
     found, last = [], {}
-    with LLM(options.model, device="cpu", weights="0,0,100", disk_dir=options.disk_dir) as llm:
+    limit = None if options.disk_rate is None else float(parse_size(options.disk_rate))
+    rates: dict[Resource, float] = {} if limit is None else {"disk_read": limit}
+    with LLM(options.model, device="cpu", weights="0,0,100", disk_dir=options.disk_dir, rates=rates) as llm:
         warm(llm, options.few, 16)
         for _ in range(options.runs):
-            before = read_rate(Path(options.model))
+            before = read_rate(Path(options.model), limit)
             last = generate(llm, options.few, 16, options.few_sweeps)
-            rate = (before + read_rate(Path(options.model))) / 2
+            rate = (before + read_rate(Path(options.model), limit)) / 2
             found.append((last["seconds"], last["moved_bytes"]["disk_read"] / rate, rate))
     return _report(found, last, options.few)
 
@@ -172,6 +175,7 @@ def main() -> None:
     parser.add_argument("--kinds", default="disk,compute,balanced")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--sweeps", type=int, default=5)
+    parser.add_argument("--disk-rate", help="bytes/s that a faster disk is slowed to, e.g. 1.2GB")
     parser.add_argument("--few", type=int, default=4)
     parser.add_argument("--few-sweeps", type=int, default=12)
     parser.add_argument("--many", type=int, default=256)

@@ -28,6 +28,7 @@ from flexbatch.checkpoint.locate import locate
 from flexbatch.finetune.parameters import Parameters
 from flexbatch.finetune.trainer import Trainer
 from flexbatch.options import EngineOptions
+from flexbatch.policy.machines import load_profile
 
 RANK, ALPHA = 16, 32
 
@@ -113,6 +114,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sizes", default="1,2,4")
     parser.add_argument("--windows", default="256,512")
+    parser.add_argument("--profile", type=Path, help="predict ours with these figures, too")
     parser.add_argument("--ragged", action="store_true")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
@@ -129,6 +131,9 @@ def main() -> None:
         systems[f"ours, windows of {window}"] = lambda trainer=trainer: trainer.accumulate(rows, 1 / total)  # type: ignore[misc]
     for size in map(int, options.sizes.split(",")):
         systems[f"PEFT, batches of {size}"] = lambda size=size: peft_pass(model, rows, size)  # type: ignore[misc]
+    predicted = (
+        total / trainers[0].predict(rows, load_profile(str(options.profile))).seconds if options.profile else None
+    )
     compared = distance(model, trainers[0], rows[:2], 2)
     seconds: dict[str, list[float]] = defaultdict(list)
     for number in range(options.rounds + 1):
@@ -150,6 +155,7 @@ def main() -> None:
         "ragged": options.ragged,
         "threads": torch.get_num_threads(),
         "tokens_per_s": rates,
+        "predicted_tokens_per_s": predicted,
         "seconds": dict(seconds),
         "gradients_differ_by": compared,
         "peak_activation_bytes": trainers[0].peak_activation_bytes,

@@ -3,8 +3,8 @@
     python -m benchmarks.memory_cap --model DIR [--cpu-memory 1GiB] [--slack 150MB]
 
 The group's limit is ``--cpu-memory`` plus what importing torch and transformers takes (measured first, in a process of
-its own) plus ``--slack``, page cache included. Needs root. Prints limit, ``stats.peak_bytes`` and the plan's memory;
-exit code 1 if the run did not end well inside the limit.
+its own) plus ``--slack``, page cache included. Needs root. Prints limit, the kernel's peak, page cache included, beside
+``stats.peak_bytes``, and the plan's memory; exit code 1 if the run did not end well inside the limit.
 """
 
 from __future__ import annotations
@@ -55,8 +55,9 @@ def main() -> None:
         command = [sys.executable, "-m", "flexbatch", "run", "--model", options.model, "--input", str(rows)]
         command += ["--output", f"{folder}/out.jsonl", "--stats", str(stats), "--ignore-eos", "--quiet"]
         command += ["--device", "cpu", "--cpu-memory", options.cpu_memory, "--disk-dir", options.disk_dir, *extra]
-        code, _, err = in_group(command, limit)
-        report = {"limit": limit, "imports": base, "exit_code": code, "error": err.strip()[-400:]}
+        code, _, err, peak = in_group(command, limit)
+        report = {"model": Path(options.model).name, "limit": limit, "imports": base, "exit_code": code}
+        report |= {"error": err.strip()[-400:], "kernel_peak_bytes": peak}
         if code == 0:
             found = json.loads(stats.read_text(encoding="utf-8"))
             report["stats_peak_bytes"] = found["peak_bytes"]

@@ -20,21 +20,30 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from flexbatch.units import parse_size
 
 _V1 = Path("/sys/fs/cgroup/memory")
 
 
-def in_group(command: list[str], cap: int) -> tuple[int, str, str]:
-    """Run ``command`` under a memory cap; return its exit code, output and errors."""
+class Ended(NamedTuple):
+    """How a command ended; ``peak``: the most bytes that the kernel charged to it, page cache included."""
+
+    code: int
+    out: str
+    err: str
+    peak: int
+
+
+def in_group(command: list[str], cap: int) -> Ended:
+    """Run ``command`` under a memory cap."""
     if _V1.is_dir():
         group = _V1 / f"flexbatch-bench-{os.getpid()}"
-        limit, member = group / "memory.limit_in_bytes", group / "tasks"
+        limit, member, most = (group / name for name in ("memory.limit_in_bytes", "tasks", "memory.max_usage_in_bytes"))
     else:
         group = Path("/sys/fs/cgroup") / f"flexbatch-bench-{os.getpid()}"
-        limit, member = group / "memory.max", group / "cgroup.procs"
+        limit, member, most = (group / name for name in ("memory.max", "cgroup.procs", "memory.peak"))
     group.mkdir(exist_ok=True)
     limit.write_text(str(cap))
 
@@ -43,10 +52,11 @@ def in_group(command: list[str], cap: int) -> tuple[int, str, str]:
 
     try:
         done = subprocess.run(command, capture_output=True, text=True, preexec_fn=join)
+        peak = int(most.read_text())
     finally:
         time.sleep(0.5)
         group.rmdir()
-    return done.returncode, done.stdout, done.stderr
+    return Ended(done.returncode, done.stdout, done.stderr, peak)
 
 
 def ours(options: argparse.Namespace) -> dict[str, Any]:
@@ -65,7 +75,7 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
             command += ["--cpu-memory", options.cpu_memory]
         if options.trace:
             command += ["--trace", options.trace]
-        code, _, err = in_group(command, parse_size(options.cap))
+        code, _, err, _ = in_group(command, parse_size(options.cap))
         if code:
             raise SystemExit(f"flexbatch ended with {code}: {err.strip()[-600:]}")
         report: dict[str, Any] = json.loads(stats.read_text(encoding="utf-8"))
@@ -77,7 +87,7 @@ def theirs(options: argparse.Namespace, dtype: str, fraction: float) -> float | 
     command = [sys.executable, __file__, "--peer", dtype, "--fraction", str(fraction)]
     for name in ("model", "rows", "prompt_len", "peer_steps", "disk_dir"):
         command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
-    code, out, err = in_group(command, parse_size(options.cap))
+    code, out, err, _ = in_group(command, parse_size(options.cap))
     if code:
         print(f"accelerate {dtype}: ended with {code}: {err.strip()[-200:]}", file=sys.stderr)
         return None

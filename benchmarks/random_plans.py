@@ -69,10 +69,16 @@ def tried(options: dict[str, str], rows: list[tuple[int, int]], base: int, argum
         command += ["--disk-dir", arguments.disk_dir, *(word for pair in options.items() for word in pair)]
         budgets = [parse_size(options[name]) for name in ("--cpu-memory", "--gpu-memory") if name in options]
         limit = base + sum(budgets) + parse_size(arguments.slack)
-        code, _, err = in_group(command, limit)
+        code, _, err, peak = in_group(command, limit)
         if code == 4 and not (folder / "out.jsonl.part").exists():
             return None
-        report: dict[str, Any] = {"options": options, "rows": len(rows), "limit": limit, "exit_code": code}
+        report: dict[str, Any] = {
+            "options": options,
+            "rows": len(rows),
+            "limit": limit,
+            "exit_code": code,
+            "kernel_peak": peak,
+        }
         if code:
             return {**report, "error": err.strip()[-300:]}
         found = json.loads(stats.read_text(encoding="utf-8"))

@@ -1,6 +1,6 @@
 """How much is lost by letting the policy choose: its plan against a grid of plans set by hand, all measured.
 
-    python benchmarks/regret.py --models DIR,DIR [--disk-dir DIR] [--rows 64] [--output FILE]
+    python benchmarks/regret.py --models DIR,DIR [--disk-dir DIR] [--rows 64] [--only NAME] [--output FILE]
 
 For every setting (model, device, memory) the policy's plan and at least 20 hand-set ones run the same rows in turns, in
 one process each; the policy's runs first, in the middle and last, and its median counts. The ratio is its throughput
@@ -119,11 +119,14 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--prompt-len", type=int, default=32)
     parser.add_argument("--gen-len", type=int, default=8)
+    parser.add_argument("--only", default="", help="a part of the cases' names")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     models = options.models.split(",")
     reports = []
     for number, case in enumerate(CASES):
+        if options.only not in case.name:
+            continue
         reports.append(measured(models[number % len(models)], case, options))
         print(json.dumps({name: reports[-1][name] for name in ("case", "policy_tok_s", "best", "ratio", "fitting")}))
         if options.output:

@@ -4,9 +4,9 @@
 
 Every prompt begins with the same five worked examples (about nine tenths of its tokens). ``score``: four rows a
 question, one for each answer, scored by log-likelihood. ``generate``: one row a question, a few new tokens. The
-questions are drawn from sentences of real prose with words left out. All compute in fp32 with the same threads;
-transformers keeps only the logits that count, and runs at the best of several batch sizes, rows sorted by length.
-``--systems`` and ``--merge`` run one system at a time and join the results: on a machine that others use, too.
+questions are drawn from sentences of real prose with words left out. All run in each of ``--dtypes`` with the same
+threads, transformers at the best of several batch sizes; it keeps only the logits that count, and rows are sorted by
+length. ``--systems`` and ``--merge`` run one system at a time and join the results: on a machine that others use, too.
 """
 
 from __future__ import annotations
@@ -85,13 +85,7 @@ def run_flexbatch(llm: LLM, rows: Rows, task: str) -> list[Any]:
     if task == "generate":
         results = llm.generate([tokens for tokens, _ in rows], SamplingParams(max_tokens=_NEW, ignore_eos=True))
         return [list(result.token_ids) for result in results]
-    params = SamplingParams(max_tokens=0, echo=True, logprobs=0)
-    results = llm.generate([tokens for tokens, _ in rows], params)
-    found = []
-    for result, (_, start) in zip(results, rows, strict=True):
-        assert result.logprobs is not None
-        found.append(sum(value or 0.0 for value in result.logprobs.token_logprobs[start:]))
-    return found
+    return [score.logprob for score in llm.score([(tokens[:start], tokens[start:]) for tokens, start in rows])]
 
 
 def run_transformers(model: Any, rows: Rows, task: str, batch: int) -> list[Any]:
@@ -113,7 +107,9 @@ def run_transformers(model: Any, rows: Rows, task: str, batch: int) -> list[Any]
                 continue
             kept = max(len(rows[row][0]) - rows[row][1] for row in part) + 1
             positions = (mask.cumsum(-1) - 1).clamp(min=0)
-            logits = model(ids, attention_mask=mask, position_ids=positions, logits_to_keep=kept).logits
+            logits = model(
+                ids, attention_mask=mask, position_ids=positions, logits_to_keep=kept, use_cache=False
+            ).logits
             logprobs = logits.float().log_softmax(-1)
             for place, row in enumerate(part):
                 tokens, start = rows[row]
@@ -133,9 +129,11 @@ def timed(run: Callable[[], list[Any]], runs: int) -> tuple[float, list[Any]]:
     return statistics.median(seconds), found
 
 
-def flexbatch_report(options: argparse.Namespace, rows: Rows, task: str, *, share: bool) -> dict[str, Any]:
+def flexbatch_report(options: argparse.Namespace, rows: Rows, task: str, dtype: Any, *, share: bool) -> dict[str, Any]:
     """Seconds and results of ours."""
-    with LLM(options.model, device="cpu", share_prefixes=share) as llm:
+    with LLM(
+        options.model, device="cpu", dtype=dtype, share_prefixes=share, max_sequences=options.max_sequences
+    ) as llm:
         run_flexbatch(llm, rows[:4], task)
         before = llm.stats()
         seconds, found = timed(lambda: run_flexbatch(llm, rows, task), options.runs)
@@ -143,23 +141,24 @@ def flexbatch_report(options: argparse.Namespace, rows: Rows, task: str, *, shar
     linear = after["flops"]["linear"] - before["flops"]["linear"]
     return {
         "seconds": seconds,
-        "found": found,
         "shared_prompt_tokens": (after["shared_prompt_tokens"] - before["shared_prompt_tokens"]) // options.runs,
         "linear_flops": linear // options.runs,
-        "peak_pages_saved": after["prefixes"]["peak_pages_saved"],
-        "kv_bytes": sum(tier["kv"] for tier in after["plan"]["memory"].values()),
+        "peak_kv_bytes": sum(after["peak_kv_bytes"].values()),
         "sequences": after["plan"]["max_sequences"],
         "predicted_s": after["plan"]["predicted"]["job_s"],
         "step_s": {name: after["step_s"][name] - before["step_s"].get(name, 0.0) for name in after["step_s"]},
+        "found": found,
     }
 
 
-def transformers_report(options: argparse.Namespace, rows: Rows, task: str) -> dict[str, Any]:
-    """Seconds at every batch size, each once, and results of the best."""
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
-    by_size: dict[str, float] = {}
-    found: list[Any] = []
+def transformers_report(
+    options: argparse.Namespace, rows: Rows, task: str, dtype: str, before: dict[str, Any]
+) -> dict[str, Any]:
+    """Seconds at every batch size, each once, and results of the best; joined with those of ``before``."""
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, dtype)).eval()
     run_transformers(model, rows[:2], task, 2)
+    by_size: dict[str, float] = dict(before.get("by_batch_s", {}))
+    found: list[Any] = before.get("found", [])
     for size in [int(size) for size in options.sizes.split(",")]:
         seconds, results = timed(lambda size=size: run_transformers(model, rows, task, size), 1)  # type: ignore[misc]
         if seconds <= min(by_size.values(), default=seconds):
@@ -168,28 +167,40 @@ def transformers_report(options: argparse.Namespace, rows: Rows, task: str) -> d
     return {"seconds": min(by_size.values()), "by_batch_s": by_size, "found": found}
 
 
-def summary(report: dict[str, Any], rows: Rows, answers: list[int], task: str) -> dict[str, Any]:
+def summary(part: dict[str, Any], rows: Rows, answers: list[int], task: str) -> dict[str, Any]:
     """Ratios, and whether all found the same."""
     made: dict[str, Any] = {
         "rows": len(rows),
         "mean_prompt_tokens": statistics.mean(len(tokens) for tokens, _ in rows),
     }
-    shared = report.get("shared")
+    shared = part.get("shared", {})
     for name in ("unshared", "transformers"):
-        if shared is None or name not in report:
-            continue
-        made[f"{name}_over_shared"] = report[name]["seconds"] / shared["seconds"]
-        pairs = list(zip(shared["found"], report[name]["found"], strict=True))
-        if task == "generate":
-            made[f"rows_equal_to_{name}"] = sum(first == second for first, second in pairs)
-        else:
-            made[f"largest_difference_to_{name}"] = max(abs(first - second) for first, second in pairs)
-    for name, part in report.items():
-        if task == "score" and part.get("found"):
-            groups = [part["found"][at : at + 4] for at in range(0, len(rows), 4)]
+        for dtype in [dtype for dtype in part.get(name, {}) if dtype in shared]:
+            own, other = shared[dtype], part[name][dtype]
+            ratios = made.setdefault(dtype, {})
+            ratios[f"{name}_over_shared"] = other["seconds"] / own["seconds"]
+            if "peak_kv_bytes" in other:
+                ratios["kv_bytes_unshared_over_shared"] = other["peak_kv_bytes"] / own["peak_kv_bytes"]
+            pairs = list(zip(own["found"], other["found"], strict=True))
+            if task == "generate":
+                ratios[f"rows_equal_to_{name}"] = sum(first == second for first, second in pairs)
+            else:
+                ratios[f"largest_difference_to_{name}"] = max(abs(first - second) for first, second in pairs)
+        if shared and part.get(name):
+            best = [min(run["seconds"] for run in runs.values()) for runs in (part[name], shared)]
+            made[f"best_{name}_over_best_shared"] = best[0] / best[1]
+    for name, runs in part.items():
+        for dtype, run in runs.items() if task == "score" else ():
+            groups = [run["found"][at : at + 4] for at in range(0, len(rows), 4)]
             right = sum(group.index(max(group)) == answer for group, answer in zip(groups, answers, strict=True))
-            made[f"accuracy_{name}"] = right / len(answers)
+            made.setdefault("accuracy", {})[f"{name}, {dtype}"] = right / len(answers)
     return made
+
+
+def compact(report: dict[str, Any]) -> str:
+    """JSON with every list of plain values on one line."""
+    text = json.dumps(report, indent=1)
+    return re.sub(r"\[[^\[\]{}]*\]", lambda found: " ".join(found[0].split()), text) + "\n"
 
 
 def main() -> None:
@@ -201,6 +212,8 @@ def main() -> None:
     parser.add_argument("--tasks", default="score,generate")
     parser.add_argument("--systems", default="shared,unshared,transformers")
     parser.add_argument("--sizes", default="4,8,16,32", help="batch sizes that transformers is tried at")
+    parser.add_argument("--dtypes", default="float32,bfloat16", help="types to compute in")
+    parser.add_argument("--max-sequences", type=int, help="rows in flight in flexbatch (default: as planned)")
     parser.add_argument("--merge", action="store_true", help="keep what OUTPUT has of other systems and sizes")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
@@ -213,19 +226,19 @@ def main() -> None:
     for task in options.tasks.split(","):
         rows, answers = make(tokenizer, options.questions, task)
         part = report.setdefault(task, {})
+        part.pop("summary", None)
         for system in options.systems.split(","):
-            if system == "transformers":
-                new = transformers_report(options, rows, task)
-                old = part.get(system, {"by_batch_s": {}, "seconds": float("inf")})
-                found = new["found"] if new["seconds"] <= old["seconds"] else old["found"]
-                by_size = old["by_batch_s"] | new["by_batch_s"]
-                part[system] = {"seconds": min(by_size.values()), "by_batch_s": by_size, "found": found}
-            else:
-                part[system] = flexbatch_report(options, rows, task, share=system == "shared")
-            part.pop("summary", None)
-            part["summary"] = summary(part, rows, answers, task)
-            if options.output:
-                options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            for dtype in options.dtypes.split(","):
+                runs = part.setdefault(system, {})
+                if system == "transformers":
+                    runs[dtype] = transformers_report(options, rows, task, dtype, runs.get(dtype, {}))
+                else:
+                    runs[dtype] = flexbatch_report(options, rows, task, dtype, share=system == "shared")
+                made = summary(part, rows, answers, task)
+                if options.output:
+                    text = compact(report | {task: {**part, "summary": made}})
+                    options.output.write_text(text, encoding="utf-8")
+        part["summary"] = made
         print(json.dumps({task: part["summary"]}, indent=1), flush=True)
 
 

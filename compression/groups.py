@@ -1,4 +1,4 @@
-"""The packed group format: 4-bit codes, and for every group of a row a scale and either a minimum or an integer zero.
+"""The packed group format: 4-bit codes, and for every group of a row a scale and a minimum or an integer zero.
 
 Owns the layout, packing and the reference dequantization. Knows nothing of how codes and scales were chosen.
 """
@@ -6,14 +6,18 @@ Owns the layout, packing and the reference dequantization. Knows nothing of how 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 GROUPS = (32, 64, 128)
 """Group sizes that exist in the wild; any other is refused where it is read."""
+Offset = Literal["minimum", "zero", "middle"]
 SCALE_TYPES = (torch.float16, torch.bfloat16)
 LEVELS = 16
+MIDDLE = 8
+"""The zero of every group of a weight that stores none (GGUF's Q4_0)."""
 _TILE = 1 << 18  # weights unpacked at a time: fp32 tiles of that size stay in cache
 
 
@@ -33,7 +37,8 @@ class Packed:
 
     ``codes`` uint8 [out, ceil(in / 2)], two a byte, the lower nibble first. ``scales`` fp16 or bf16 [out, groups].
     A weight is ``code * scale + minimum`` with ``minimums`` [out, groups] of the scales' type, or
-    ``(code - zero) * scale`` with ``zeros`` uint8 [out, groups], the form of GPTQ and AWQ. One of the two is None.
+    ``(code - zero) * scale`` with ``zeros`` uint8 [out, groups], the form of GPTQ and AWQ. One of the two is None;
+    where both are, every zero is ``MIDDLE``, the form of GGUF's Q4_0.
     """
 
     codes: Tensor
@@ -51,11 +56,18 @@ class Packed:
         assert self.codes.shape == (out_features, row_bytes(in_features)), self.codes.shape
         assert self.scales.dtype in SCALE_TYPES
         assert self.scales.shape == per_group, f"scales are {self.scales.shape}, not {per_group}"
-        assert (self.minimums is None) != (self.zeros is None), "either minimums or zeros"
+        assert self.minimums is None or self.zeros is None, "minimums and zeros"
         if self.minimums is not None:
             assert (self.minimums.dtype, self.minimums.shape) == (self.scales.dtype, per_group)
         if self.zeros is not None:
             assert (self.zeros.dtype, self.zeros.shape) == (torch.uint8, per_group)
+
+    @property
+    def offset(self) -> Offset:
+        """What is stored beside each scale."""
+        if self.minimums is not None:
+            return "minimum"
+        return "middle" if self.zeros is None else "zero"
 
     @property
     def nbytes(self) -> int:
@@ -94,24 +106,32 @@ class Packed:
 
 @dataclass(frozen=True, slots=True)
 class PackedLayout:
-    """How a packed weight lies in one run of bytes: scales, minimums or zeros, codes; nothing between them."""
+    """How a packed weight lies in one run of bytes: scales, minimums or zeros or neither, codes; nothing between them.
+
+    ``offset`` says what is beside a group's scale: its ``minimum``, its integer ``zero``, or (``middle``) nothing.
+    """
 
     shape: tuple[int, int]
     group: int = 64
-    integer_zeros: bool = False
+    offset: Offset = "minimum"
     scale_type: torch.dtype = torch.float16
 
     @classmethod
     def of(cls, packed: Packed) -> PackedLayout:
         """The layout of ``packed``."""
-        return cls(packed.shape, packed.group, packed.zeros is not None, packed.scales.dtype)
+        return cls(packed.shape, packed.group, packed.offset, packed.scales.dtype)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the weight."""
         out_features, in_features = self.shape
-        per_group = self.scale_type.itemsize + (1 if self.integer_zeros else self.scale_type.itemsize)
+        per_group = self.scale_type.itemsize + self._offset_bytes
         return out_features * (groups_of(in_features, self.group) * per_group + row_bytes(in_features))
+
+    @property
+    def _offset_bytes(self) -> int:
+        """Bytes of one group's minimum or zero."""
+        return {"minimum": self.scale_type.itemsize, "zero": 1, "middle": 0}[self.offset]
 
     def put(self, packed: Packed, raw: Tensor) -> None:
         """Write ``packed`` to ``raw``, uint8 [nbytes], as ``view`` reads it back."""
@@ -126,10 +146,10 @@ class PackedLayout:
         out_features, in_features = self.shape
         groups = groups_of(in_features, self.group)
         scale_bytes = out_features * groups * self.scale_type.itemsize
-        offset_bytes = out_features * groups if self.integer_zeros else scale_bytes
+        offset_bytes = out_features * groups * self._offset_bytes
         scales, offsets, codes = raw.split([scale_bytes, offset_bytes, out_features * row_bytes(in_features)])
-        minimums = None if self.integer_zeros else offsets.view(self.scale_type).view(out_features, groups)
-        zeros = offsets.view(out_features, groups) if self.integer_zeros else None
+        minimums = offsets.view(self.scale_type).view(out_features, groups) if self.offset == "minimum" else None
+        zeros = offsets.view(out_features, groups) if self.offset == "zero" else None
         return Packed(
             codes.view(out_features, -1),
             scales.view(self.scale_type).view(out_features, groups),
@@ -169,9 +189,10 @@ def dequantize(packed: Packed, dtype: torch.dtype = torch.float32, out: Tensor |
         codes = torch.nn.functional.pad(unpack_codes(part.codes, in_features), (0, full - in_features))
         values = codes.view(-1, groups, packed.group).float()
         scales = part.scales.float().unsqueeze(-1)
-        if part.zeros is not None:
-            values = values.sub_(part.zeros.float().unsqueeze(-1)).mul_(scales)
-        elif part.minimums is not None:
+        if part.minimums is not None:
             values = values.mul_(scales).add_(part.minimums.float().unsqueeze(-1))
+        else:
+            zeros = MIDDLE if part.zeros is None else part.zeros.float().unsqueeze(-1)
+            values = values.sub_(zeros).mul_(scales)
         result[start : start + step] = values.view(-1, full)[:, :in_features]
     return result

@@ -6,6 +6,7 @@ Everything it does the command line does too, through the same engine.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -13,8 +14,9 @@ from typing import Any, Literal, Self
 
 from flexbatch.checkpoint.locate import locate
 from flexbatch.errors import InputError, UsageError
-from flexbatch.finetune.job import FinetuneTask, weights_fingerprint
-from flexbatch.finetune.options import FinetuneOptions, LrSchedule, OptimizerName, StatesPlace
+from flexbatch.finetune.companion import Companion
+from flexbatch.finetune.job import FinetuneJob, FinetuneTask, weights_fingerprint
+from flexbatch.finetune.options import SHARE, FinetuneOptions, LrSchedule, OptimizerName, StatesPlace
 from flexbatch.finetune.start import train
 from flexbatch.finetune.training import Progress
 from flexbatch.jobs.training_rows import read_training_rows, training_rows
@@ -134,6 +136,7 @@ class LLM:
         self._template = chat_template
         self._progress = progress
         self._engine: Engine | None = None
+        self._companion: Companion | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -253,8 +256,9 @@ class LLM:
         """Train a LoRA adapter on rows (a JSONL file, or objects), write it to ``output``, and return it.
 
         Arguments are the options of ``flexbatch finetune``; rows are as there. The adapter's ``name`` is its folder's
-        unless given, and later calls of ``generate`` may use either it or the name. ``observe`` is told of every
-        batch. A training that was broken off goes on from its last checkpoint; one that is complete is read back.
+        unless given, and later calls of ``generate`` may use either it or the name. Weights that are loaded already are
+        used, if there is room beside them. ``observe`` is told of every batch. A training that was broken off goes on
+        from its last checkpoint; one that is complete is read back.
         """
         targets = target_modules if isinstance(target_modules, str) else tuple(target_modules)
         options = FinetuneOptions(
@@ -280,31 +284,104 @@ class LLM:
             save_every=save_every,
             optimizer_states=optimizer_states,
         )
-        rows = read_training_rows(Path(data)) if isinstance(data, str | Path) else training_rows(data)
-        folder = Path(output)
-        task = FinetuneTask(
-            folder=self._folder,
-            fingerprint=weights_fingerprint(self._folder),
-            codec=self._codec,
-            data=rows,
-            output=folder,
-            options=options,
-            engine=self._options,
-            template=self._template,
-            overwrite=overwrite,
-        )
-        stats = train(task, self._progress, observe)
-        trained = TrainedAdapter(name or folder.absolute().name, folder, stats)
-        self._adapters[trained.name] = folder
-        if self._engine is not None:
-            self._engine.put_adapter(trained.name, folder)
-        return trained
+        task = self._task(data, Path(output), options, overwrite=overwrite)
+        return self._trained(task, name, train(task, self._progress, observe, self._engine))
+
+    @contextmanager
+    def finetuning(
+        self,
+        data: str | Path | Iterable[Mapping[str, Any]],
+        output: str | Path,
+        options: FinetuneOptions | None = None,
+        *,
+        name: str | None = None,
+        share: float = SHARE,
+        overwrite: bool = False,
+        observe: Callable[[Progress], None] | None = None,
+    ) -> Iterator[Callable[[], TrainedAdapter]]:
+        """Train an adapter while the block generates, on the same sweeps; leaving the block waits until it is whole.
+
+        ``share``: the part of its time that generation may lose; the rest is as ``finetune`` has it. What the block
+        gets returns the adapter, once it has been left. One training at a time.
+        """
+        if self._companion is not None:
+            raise UsageError("finetuning: another training is under way: leave its block first")
+        options = options or FinetuneOptions()
+        if options.base_bits != self._options.weight_bits:
+            raise UsageError(
+                f"base_bits {options.base_bits}: training shares the weights, weight_bits {self._options.weight_bits}: "
+                "give the same to both"
+            )
+        task = self._task(data, Path(output), options, overwrite=overwrite)
+        found: list[TrainedAdapter] = []
+        with closing(FinetuneJob(task)) as job:
+            if job.completed is None:
+                self._companion = Companion(job, observe or _unseen, share=share)
+            try:
+                yield lambda: found[0]
+                if self._companion is not None:
+                    if self._engine is None:  # nothing was generated
+                        self._open_engine(Workload.uniform(self.window // 2, self.window // 4, 1))
+                    self._share_engine()
+                    self._companion.finish()
+            except BaseException as error:
+                if self._companion is not None:
+                    self._companion.abandon(error)
+                raise
+            finally:
+                self._companion = None
+                if self._engine is not None:
+                    self._engine.carry(None)
+            found.append(self._trained(task, name, job.stats()))
 
     def stats(self) -> dict[str, Any]:
         """What the calls so far cost: the command line's ``--stats``, without its counts of rows."""
         if self._engine is None:
             raise UsageError("stats: nothing has run yet: call generate or score first")
         return self._engine.stats()
+
+    def _task(
+        self, data: str | Path | Iterable[Mapping[str, Any]], output: Path, options: FinetuneOptions, *, overwrite: bool
+    ) -> FinetuneTask:
+        return FinetuneTask(
+            folder=self._folder,
+            fingerprint=weights_fingerprint(self._folder),
+            codec=self._codec,
+            data=read_training_rows(Path(data)) if isinstance(data, str | Path) else training_rows(data),
+            output=output,
+            options=options,
+            engine=self._options,
+            template=self._template,
+            overwrite=overwrite,
+        )
+
+    def _trained(self, task: FinetuneTask, name: str | None, stats: Mapping[str, Any]) -> TrainedAdapter:
+        trained = TrainedAdapter(name or task.output.absolute().name, task.output, stats)
+        self._adapters[trained.name] = task.output
+        if self._engine is not None:
+            self._engine.put_adapter(trained.name, task.output)
+        return trained
+
+    def _open_engine(self, workload: Workload) -> Engine:
+        companion = self._companion
+        self._engine = Engine(
+            self._folder,
+            self._codec,
+            self._options,
+            workload,
+            self._progress,
+            adapters=self._adapters,
+            passenger=None if companion is None else companion.trainer,
+        )
+        if companion is not None:
+            companion.start()
+        return self._engine
+
+    def _share_engine(self) -> None:
+        """Let a training begin that waits for an engine."""
+        if self._companion is not None and self._engine is not None and not self._companion.is_started:
+            self._engine.carry(self._companion.trainer)
+            self._companion.start()
 
     def _tokenize(self, requests: Sequence[Request]) -> list[TokenizedRequest]:
         encoded = self._encoder.encode_all(requests)
@@ -330,13 +407,16 @@ class LLM:
     def _run(self, requests: list[TokenizedRequest]) -> Iterator[tuple[int, Result]]:
         if not requests:
             return
-        if self._engine is None:
-            workload = Workload.of(requests, share_prefixes=self._options.share_prefixes)
-            self._engine = Engine(
-                self._folder, self._codec, self._options, workload, self._progress, adapters=self._adapters
-            )
-        for result in self._engine.run(requests):
+        engine = self._engine
+        if engine is None:
+            engine = self._open_engine(Workload.of(requests, share_prefixes=self._options.share_prefixes))
+        self._share_engine()
+        for result in engine.run(requests):
             yield int(result.id), result
+
+
+def _unseen(progress: Progress) -> None:
+    del progress
 
 
 def _score(result: Result, start: int) -> Score:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from flexbatch.errors import InternalError, UsageError
+from flexbatch.errors import UsageError
 from flexbatch.policy.footprint import DTYPE_BYTES, ModelSize, UnitSize, kv_page_bytes
 from flexbatch.policy.profile import HardwareProfile, Processor
 from flexbatch.scheduler.steps import Kind, Resource
@@ -26,6 +26,9 @@ Transfer = Literal[
 
 Way = Literal["gpu", "cpu", "cpu_up", "disk", "disk_up"]
 """The tier where KV rests; ``_up``: it is brought to the GPU for attention, otherwise the CPU attends to it."""
+
+
+_ATTENDED_BACK = 1.5  # five products where forward has two, less what is counted twice already
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +76,14 @@ class Load:
 class Traffic:
     """Weights by group: bytes ``read`` from disk and ``uploaded`` each sweep, weights ``widened`` before a product.
 
-    ``gather``: the tier that rows of the token embedding come from, if it does not rest where products run.
+    ``loose``: weights that a CPU multiplies by as they lie, not in blocks. ``gather``: the tier that rows of the token
+    embedding come from, if it does not rest where products run.
     """
 
     read: Mapping[int, float] = field(default_factory=dict)
     uploaded: Mapping[int, float] = field(default_factory=dict)
     widened: Mapping[int, float] = field(default_factory=dict)
+    loose: Mapping[int, float] = field(default_factory=dict)
     gather: str | None = None
 
     def shortened(self, layers: int, kept: int) -> Traffic:
@@ -90,7 +95,7 @@ class Traffic:
             found = {**edges, **dict.fromkeys(range(1, kept + 1), mean)}
             return {group: found[group] for group in sorted(found) if found[group]}
 
-        return Traffic(short(self.read), short(self.uploaded), short(self.widened), self.gather)
+        return Traffic(short(self.read), short(self.uploaded), short(self.widened), short(self.loose), self.gather)
 
 
 def traffic(
@@ -100,6 +105,7 @@ def traffic(
     read: dict[int, float] = defaultdict(float)
     uploaded: dict[int, float] = defaultdict(float)
     widened: dict[int, float] = defaultdict(float)
+    loose: dict[int, float] = defaultdict(float)
     gather: str | None = None
     for unit in units:
         tier = tiers[unit.key]
@@ -116,7 +122,10 @@ def traffic(
             if compute == "cpu" and tier == "cpu":
                 stored = precision.held
             widened[group] += unit.packed if stored == precision.dtype else unit.elements
-    return Traffic(dict(read), dict(uploaded), {group: count for group, count in widened.items() if count}, gather)
+            if compute == "cpu" and (tier == "disk" or unit.table or unit.packed or stored != precision.dtype):
+                loose[group] += unit.elements
+    widened = {group: count for group, count in widened.items() if count}
+    return Traffic(dict(read), dict(uploaded), widened, dict(loose), gather)
 
 
 def load_of(slices: Iterable[Slice], page_tokens: int, windows: Mapping[int | None, int]) -> Load:
@@ -247,10 +256,11 @@ class Cost:
             raise self._lacks(f"links.{resource}")
         return nbytes / rate
 
-    def product_s(self, kind: Product, group: int, load: Load, widened: float) -> float:
-        """Seconds of one Step of products; ``widened`` of the weights are converted first, once a product.
+    def product_s(self, kind: Product, group: int, load: Load, weights: Traffic) -> float:
+        """Seconds of one Step of products; weights that are to be widened are, once a product.
 
-        All tokens of the load share a product; at the head ``logit_rows`` of them do at most.
+        All tokens of the load share a product; at the head ``logit_rows`` of them do at most. What lies between
+        products counts by the bytes it reads and writes.
         """
         flops = self.product_flops(kind, group, load)
         if flops == 0:
@@ -259,15 +269,25 @@ class Cost:
         if kind == "head":
             passes = math.ceil(load.readouts / self.logit_rows)
             rows = load.readouts / passes
-        return flops / self.product_rate(rows) + passes * self.widening_s(widened, edge=self.is_edge(group))
+        whole = max(1, self.size.groups[group].matrices + self.size.groups[group].shared)
+        loose = min(1.0, weights.loose.get(group, 0.0) / whole)
+        widened = weights.widened.get(group, 0.0) * self.size.matrices(kind, group) / whole
+        products = flops * (loose / self.product_rate(rows, loose=True) + (1 - loose) / self.product_rate(rows))
+        products += passes * self.widening_s(widened, edge=self.is_edge(group))
+        rate = self.processor(self.compute).elementwise
+        passing = passes * rows * self.size.passing(kind, group) * DTYPE_BYTES[self.precision.dtype]
+        return products + (passing / rate if rate else 0.0)
 
     def is_edge(self, group: int) -> bool:
         """Whether ``group`` is the embedding or the head."""
         return group in (0, len(self.size.groups) - 1)
 
-    def product_rate(self, rows: float) -> float:
-        """FLOP/s of products over ``rows`` rows."""
-        curve = self.processor(self.compute).products.get(self.precision.dtype)
+    def product_rate(self, rows: float, *, loose: bool = False) -> float:
+        """FLOP/s of products over ``rows`` rows, of weights that lie as suits them best, or ``loose``."""
+        processor = self.processor(self.compute)
+        curve = processor.products.get(self.precision.dtype)
+        if loose and processor.loose is not None and self.precision.dtype == "float32":
+            curve = processor.loose
         if curve is None:
             raise self._lacks(f"{self.compute}.products.{self.precision.dtype}")
         return curve.at(rows)
@@ -309,12 +329,9 @@ class Cost:
             case "upload":
                 return self.link_s(resource, weights.uploaded.get(group, 0.0))
             case "embed" | "project" | "finish" | "head":
-                whole = max(1, self.size.groups[group].matrices + self.size.groups[group].shared)
-                part = self.size.matrices(kind, group) / whole
-                least = self.step_s(resource)
-                return least + self.product_s(kind, group, load, part * weights.widened.get(group, 0.0))
+                return self.step_s(resource) + self.product_s(kind, group, load, weights)
             case "attend":
-                return self.step_s(resource) + self.attend_s(resource, load)
+                return max(self.step_s(resource), self.processor(resource).attend_s) + self.attend_s(resource, load)
             case "gather":
                 rows = self.moved(kind, load) if weights.gather == "disk" else 0.0
                 return self.step_s(resource) + self.link_s("disk_read", rows)
@@ -322,10 +339,25 @@ class Cost:
                 return 0.0  # the steady state has its adapters in place
             case "input_down" | "input_write" | "input_read" | "input_up":
                 return self.link_s(resource, load.tokens * self.size.hidden_token_bytes(self.precision.dtype))
-            case "learn_gather" | "learn_embed" | "learn_forward" | "learn_loss" | "learn_backward":
-                raise InternalError(f"a {kind} step is finetuning's, which is not simulated")
+            case "learn_gather":
+                return self.seconds("gather", resource, group, load, weights)
+            case "learn_embed":
+                return self.seconds("embed", resource, group, load, weights)
+            case "learn_forward":
+                return self.step_s(resource) + self.layer_s(resource, group, load, weights)
+            case "learn_loss":
+                return self.step_s(resource) + 2 * self.product_s("head", group, load, weights)
+            case "learn_backward":
+                again = 0.0 if self.is_edge(group) else 2 * self.layer_s(resource, group, load, weights)
+                return self.step_s(resource) + again + _ATTENDED_BACK * self.attend_s(resource, load)
             case _:
                 return self.link_s(resource, self.moved(kind, load))
+
+    def layer_s(self, resource: str, group: int, load: Load, weights: Traffic) -> float:
+        """Seconds of a layer's products and attention, forward."""
+        kinds: tuple[Product, ...] = ("project", "finish")
+        products = sum(self.product_s(kind, group, load, weights) for kind in kinds)
+        return products + self.attend_s(resource, load)
 
     def weights_s(self, weights: Traffic) -> dict[str, float]:
         """Seconds a sweep that each resource moves weights."""
@@ -341,8 +373,11 @@ class Cost:
         """
         layers, last = self.size.shape.num_layers, len(self.size.groups) - 1
         spent: dict[str, float] = defaultdict(float)
-        widened = sum(weights.widened.get(group, 0.0) for group in range(1, last)) / layers
-        mean = Traffic(widened={**weights.widened, 1: widened}, gather=weights.gather)
+        widened, loose = (
+            {**of, 1: sum(of.get(group, 0.0) for group in range(1, last)) / layers}
+            for of in (weights.widened, weights.loose)
+        )
+        mean = Traffic(widened=widened, loose=loose, gather=weights.gather)
         for kind, resource, where in self._batch_steps(way, hidden, weights.gather):
             group, count = {"embed": (0, 1), "layer": (1, layers), "head": (last, 1)}[where]
             spent[resource] += count * self.seconds(kind, resource, group, load, mean)

@@ -18,6 +18,8 @@ KV_TILE_BYTES = 4 << 20
 """Numbers of packed KV that are in fp32 at a time, in bytes, where that does not depend on a context's length."""
 CALIBRATION_SEQUENCES, CALIBRATION_TOKENS = 3, 256
 """How many sequences the basis of packed KV is found from, and how many tokens each has at most."""
+CALIBRATION_DIRECTIONS = 512
+"""How many random directions of a layer's output say what its output matrix makes of the errors of values."""
 _SCALES = 4  # bytes of a group's 16-bit scale and minimum
 _BLOCK = 4096  # bytes that a disk reads and writes at least
 _PADDING = 32  # a page of packed KV grows by at most a 32nd to fill blocks
@@ -113,6 +115,24 @@ class ModelSize:
         found = self.groups[group].matrices + (self.groups[group].shared if kind == "head" else 0)
         return found - self.shape.hidden_size * self.qkv_width if kind == "finish" else found
 
+    def passing(self, kind: Literal["embed", "project", "finish", "head"], group: int) -> int:
+        """Numbers that operations between the products of such a Step read and write, for each of its tokens.
+
+        Norms, residuals, the MLP's activation and gate, rotation; at the head the logits' maximum and their sum.
+        """
+        shape = self.shape
+        match kind:
+            case "embed":
+                return 2 * shape.hidden_size
+            case "project":
+                return 2 * (shape.hidden_size + self.qkv_width)
+            case "head":
+                return 2 * shape.hidden_size + 4 * shape.vocab_size
+            case "finish":
+                mlp = self.matrices("finish", group) // shape.hidden_size - self.heads_width
+                inner = 5 if mlp > 2 * shape.intermediate_size else 2  # gated or not
+                return 8 * shape.hidden_size + inner * shape.intermediate_size
+
     def hidden_token_bytes(self, dtype: str) -> int:
         """The hidden state of one token between two layers."""
         return self.shape.hidden_size * DTYPE_BYTES[dtype]
@@ -140,15 +160,17 @@ class ModelSize:
         """Scratch memory, in fp32, of packing the keys and values of ``tokens`` and of attending to packed ones.
 
         Keys and queries turned, and what is attended; tiles; one head's keys and values of a whole context, and what
-        is added to them; what the basis is found from, of two layers.
+        is added to them. Before, what the basis is found from, of two layers, and a layer's output matrix.
         """
         shape = self.shape
         turned = tokens * (3 * shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim * 4
         row = 2 * shape.head_dim * 4
-        tiles = 6 * min(KV_TILE_BYTES, tokens * shape.num_kv_heads * row) + KV_TILE_BYTES
+        tiles = 8 * min(KV_TILE_BYTES, tokens * shape.num_kv_heads * row) + KV_TILE_BYTES
         chunk = 4 * min(context * shape.num_kv_heads * row, max(KV_TILE_BYTES, context * row))
         seen = 2 * CALIBRATION_SEQUENCES * CALIBRATION_TOKENS * self.qkv_width * 4
-        return turned + tiles + max(chunk, seen)
+        hidden, heads, directions = shape.hidden_size, self.heads_width, CALIBRATION_DIRECTIONS
+        output = 4 * (hidden * heads + directions * (hidden + 2 * heads))
+        return max(turned + tiles + chunk, seen + output)
 
     def linear_flops(self, tokens: int, logit_rows: int) -> int:
         """Multiply-adds (two FLOPs each) of every matrix product for ``tokens`` tokens, ``logit_rows`` of them read."""

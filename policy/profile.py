@@ -16,7 +16,7 @@ from flexbatch.units import parse_size
 CPU_LINKS = ("disk_read", "disk_write")
 GPU_LINKS = ("h2d", "d2h", *CPU_LINKS)
 PRODUCT_TYPES = ("float32", "float16", "bfloat16", "float64", "int8")
-PACKED_FIGURES = ("packed_attention", "packing")
+OPTIONAL_FIGURES = ("elementwise", "packed_attention", "packing")
 STORED_TYPES = ("float16", "bfloat16", "float32", "int4")
 
 
@@ -44,9 +44,12 @@ class Processor:
     ``products``: dtype name -> FLOP/s of a linear over the rows of its activations, operands in that dtype and at
     hand. ``widened``: stored dtype -> weights/s that are brought to the compute type before they are used (16 bit to
     fp32 on a CPU; 4 bit: ``int4``). ``attention_bytes``: KV bytes/s that attention of decoding rows reads;
-    ``attention_flops``: FLOP/s of attention of prompt tokens. ``step_s``: seconds that any Step takes at least.
-    ``packed_attention``: KV numbers/s that attention of decoding rows reads in 4 bits; ``packing``: KV numbers/s that
-    are brought to 4 bits. 0: not measured; then one is read as fast as in 16 bits, and packed as fast as it is read.
+    ``attention_flops``: FLOP/s of attention of prompt tokens. ``loose``: of a CPU, FLOP/s in float32 with weights that
+    lie as they are stored, not in the blocks that ``products`` read (None: as fast). ``step_s``: seconds that any Step
+    takes at least, ``attend_s``: that attention of a few short rows takes with the store of their keys.
+    ``elementwise``: bytes/s that norms, activations and additions between products read and write (0: they take no
+    time). ``packed_attention``: KV numbers/s that attention of decoding rows reads in 4 bits; ``packing``: KV numbers/s
+    that are brought to 4 bits. 0: not measured; one is read as fast as in 16 bits, and packed as fast as it is read.
     """
 
     products: Mapping[str, Curve]
@@ -54,6 +57,9 @@ class Processor:
     attention_bytes: float
     attention_flops: float
     step_s: float = 0.0
+    loose: Curve | None = None
+    attend_s: float = 0.0
+    elementwise: float = 0.0
     packed_attention: float = 0.0
     packing: float = 0.0
 
@@ -122,8 +128,10 @@ def _processor_json(processor: Processor) -> dict[str, Any]:
         "widened": dict(processor.widened),
         "attention_bytes": processor.attention_bytes,
         "attention_flops": processor.attention_flops,
+        **({"loose": [list(point) for point in processor.loose.points]} if processor.loose else {}),
         "step_s": processor.step_s,
-        **{name: rate for name in PACKED_FIGURES if (rate := getattr(processor, name))},
+        **({"attend_s": processor.attend_s} if processor.attend_s else {}),
+        **{name: rate for name in OPTIONAL_FIGURES if (rate := getattr(processor, name))},
     }
 
 
@@ -157,6 +165,12 @@ class _Reader:
             raise self.fault(name, f"{_shown(value)} is no rate: write a number a second above 0")
         return float(value)
 
+    def duration(self, value: Any, name: str) -> float:
+        """Seconds, 0 or more."""
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise self.fault(name, f"{_shown(value)} is no duration: write seconds, 0 or more")
+        return float(value)
+
     def size(self, value: Any, name: str) -> int:
         """Bytes, 0 or more."""
         if isinstance(value, str):
@@ -172,7 +186,7 @@ class _Reader:
     def processor(self, value: Any, name: str) -> Processor:
         """What one processor does a second."""
         needed = ("products", "widened", "attention_bytes", "attention_flops")
-        parts = self.members(value, name, needed, ("step_s", *PACKED_FIGURES))
+        parts = self.members(value, name, needed, ("loose", "step_s", "attend_s", *OPTIONAL_FIGURES))
         products, widened = parts["products"], parts["widened"]
         if not isinstance(products, dict) or not products:
             raise self.fault(f"{name}.products", 'write FLOP/s by type, such as {"float32": [[1, 2e9], [512, 1e11]]}')
@@ -182,16 +196,15 @@ class _Reader:
             for dtype in given:
                 if dtype not in known:
                     raise self.fault(f"{name}.{kind}.{dtype}", f"unknown type: use one of {', '.join(known)}")
-        step = parts.get("step_s", 0.0)
-        if isinstance(step, bool) or not isinstance(step, int | float) or not 0 <= step < math.inf:
-            raise self.fault(f"{name}.step_s", f"{_shown(step)} is no duration: write seconds, 0 or more")
         return Processor(
             products={dtype: self.curve(points, f"{name}.products.{dtype}") for dtype, points in products.items()},
             widened={dtype: self.rate(rate, f"{name}.widened.{dtype}") for dtype, rate in widened.items()},
             attention_bytes=self.rate(parts["attention_bytes"], f"{name}.attention_bytes"),
             attention_flops=self.rate(parts["attention_flops"], f"{name}.attention_flops"),
-            step_s=float(step),
-            **{kind: self.rate(parts[kind], f"{name}.{kind}") for kind in PACKED_FIGURES if kind in parts},
+            loose=self.curve(parts["loose"], f"{name}.loose") if "loose" in parts else None,
+            step_s=self.duration(parts.get("step_s", 0.0), f"{name}.step_s"),
+            attend_s=self.duration(parts.get("attend_s", 0.0), f"{name}.attend_s"),
+            **{kind: self.rate(parts[kind], f"{name}.{kind}") for kind in OPTIONAL_FIGURES if kind in parts},
         )
 
     def curve(self, value: Any, name: str) -> Curve:

@@ -34,6 +34,7 @@ _SIMULATED = 3
 _NEAR = 0.7  # of the best rate: choices of less are not looked at
 _NEARLY = 0.97
 _USUAL = 512  # tokens of a micro-batch
+_FULL = 256  # tokens of a micro-batch from which on products run about as fast as they can
 _MULTIPLES = (1, 1.5, 2, 4)  # of the smallest sweep's sequences
 _EQUAL = 0.99  # plans within one percent are equal; the one with the smallest sweep is taken
 
@@ -82,7 +83,7 @@ def chosen(shop: Shop) -> Estimate:
     candidates = realise(shop, _trials(shop, ranked)) if ranked else []
     if not candidates:
         raise does_not_fit(shop, list(_choices(shop, shop.machine.compute)))
-    estimates = finalists(shop, candidates)
+    estimates = finalists(shop, candidates, _EQUAL)
     best = max(estimate.throughput for estimate in estimates)
     equal = [estimate for estimate in estimates if estimate.throughput >= _EQUAL * best]
     return min(equal, key=lambda estimate: estimate.sweep_s)
@@ -119,10 +120,10 @@ def sequences_of(solution: Solution) -> float:
 
 
 def _best_choices(ranked: Sequence[Ranked], compute: str) -> list[Ranked]:
-    """Of every way of KV, the choices nearly as good as the best that ask least of products and whose size is usual."""
+    """Of every kind, the choices nearly as good as the best that ask least of products and whose size is usual."""
     chosen: list[Ranked] = []
-    for ways in dict.fromkeys(found.choice.ways for found in ranked):
-        own = [found for found in ranked if found.choice.ways == ways]
+    for kind in dict.fromkeys(found.choice.kind for found in ranked):
+        own = [found for found in ranked if found.choice.kind == kind]
         if own[0].solution.rate < _NEAR * ranked[0].solution.rate:
             continue
         nearly = [found for found in own if found.solution.rate >= _NEARLY * own[0].solution.rate]
@@ -178,14 +179,11 @@ def _choices(shop: Shop, edges: str, *, disk: bool = False) -> Iterator[Choice]:
     """All combinations of what is enumerated, with embedding and head on ``edges``; ``disk``: some KV there, too."""
     options, machine = shop.options, shop.machine
     block = options.schedule == "block"
-    sizes = batch_sizes(options)
     for precision, bits in _precisions(shop):
         for ways in _ways(options, machine, disk=disk):
             on_disk = any(way in ("disk", "disk_up") for way in ways)
-            for index, rows in enumerate(sizes):
-                # A sweep of up to twice as many tokens had better be one micro-batch than two.
-                micro = rows if block else max(rows, min(2 * rows, _USUAL))
-                micro = micro if options.micro_batch is None else options.micro_batch
+            here = all(way == machine.compute for way in ways)
+            for index, rows, micro in _cuts(options, here=here):
                 cut = cut_for(
                     shop.size,
                     precision,
@@ -199,6 +197,21 @@ def _choices(shop: Shop, edges: str, *, disk: bool = False) -> Iterator[Choice]:
                 least = 0 if index == 0 or block else rows
                 hidden = options.hidden or everything_on(machine.compute)
                 yield Choice(precision, bits, cut, rows, least, ways, edges, hidden)
+
+
+def _cuts(options: EngineOptions, *, here: bool) -> Iterator[tuple[int, int, int]]:
+    """Of every size its place, the rows that share a product, and what a micro-batch holds.
+
+    ``here``: all KV is where products run, so that no micro-batch has to wait for the attention of another.
+    """
+    block = options.schedule == "block"
+    for index, rows in enumerate(batch_sizes(options)):
+        # A sweep of up to twice as many tokens had better be one micro-batch than two.
+        micro = rows if block else max(rows, min(2 * rows, _USUAL))
+        micro = micro if options.micro_batch is None else options.micro_batch
+        yield index, rows, micro
+        if here and not block and options.micro_batch is None and 2 * micro < _FULL:
+            yield index, rows, _FULL  # where few rows decode, prompts still come in by more
 
 
 def batch_sizes(options: EngineOptions) -> list[int]:
@@ -246,5 +259,6 @@ def _ways(options: EngineOptions, machine: Machine, *, disk: bool) -> list[tuple
     if not disk:
         sets = [tuple(way for way in ways if not way.startswith("disk")) for ways in sets]
         if machine.compute == "gpu":
-            sets.append(("gpu",))
+            # Rows at home in two places share no micro-batch, which the program does not see: one place alone, too.
+            sets += [("gpu",), *((way,) for way in sets[0] if way.startswith("cpu") and len(sets[0]) > 1)]
     return sets

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from flexbatch.policy.cost import Cost, Load, Traffic, load_of
-from flexbatch.scheduler.lowering import Lowered, Lowerer
+from flexbatch.scheduler.lowering import Lowerer
+from flexbatch.scheduler.step_list import Lowered
 from flexbatch.scheduler.steps import Step
 from flexbatch.scheduler.sweep import Sweep
 from flexbatch.scheduler.timeline import Event
@@ -94,7 +95,7 @@ def simulate(
 
     def seconds(step: Step) -> float:
         # All layers cost a micro-batch the same, except for their weights.
-        layer = step.group if step.batch < 0 or weights.widened or cost.is_edge(step.group) else 1
+        layer = step.group if step.batch < 0 or weights.widened or weights.loose or cost.is_edge(step.group) else 1
         key = (step.kind, step.resource, layer, step.batch)
         found = known.get(key)
         if found is None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flexbatch.policy.cost import Cost, Load, Precision, Traffic, Way, traffic
 from flexbatch.policy.footprint import UnitSize
@@ -39,6 +39,11 @@ class Choice:
     ways: tuple[Way, ...]
     edges: str
     hidden: Shares
+
+    @property
+    def kind(self) -> tuple[tuple[Way, ...], bool]:
+        """What the best are looked at of each: the ways of KV, and whether prompts come in by more than decode."""
+        return self.ways, self.cut.micro_tokens > 2 * self.rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +191,9 @@ def _free(choice: Choice, cost: Cost, units: Sequence[UnitSize], machine: Machin
     part = 1.0 if below != choice.precision.dtype else packed / max(1, packed + dense)
     if part:
         widened = {group: part * cost.size.groups[group].matrices for group in range(1, last)}
-        moving = Traffic(moving.read, moving.uploaded, {**moving.widened, **widened}, moving.gather)
+        moving = replace(moving, widened={**moving.widened, **widened})
+        if compute == "cpu":
+            moving = replace(moving, loose={**moving.loose, **widened})
     seconds = cost.weights_s(moving)
     times = {
         "disk_read": Row(

@@ -40,24 +40,41 @@ class Estimate:
     throughput: float
 
 
-def finalists(shop: Shop, candidates: Sequence[Candidate]) -> list[Estimate]:
-    """Estimates of those with the highest rate by sums over resources, the best of every way of KV among them."""
+def finalists(shop: Shop, candidates: Sequence[Candidate], equal: float) -> list[Estimate]:
+    """Estimates of those with the highest rate by sums over resources, the best of every kind of choice among them.
+
+    A sweep never takes less than its busiest resource: candidates whose job, by that, stays below ``equal`` of the best
+    estimate are not simulated.
+    """
 
     def rate(candidate: Candidate) -> float:
         return candidate.setting.sequences / max(1e-12, steady_seconds(candidate.setting))
 
-    ordered = sorted(candidates, key=rate, reverse=True)
-    firsts: dict[tuple[Way, ...], int] = defaultdict(int)
+    firsts: dict[tuple[tuple[Way, ...], bool], int] = defaultdict(int)
+    chosen: list[tuple[float, Candidate]] = []
+    for candidate in sorted(candidates, key=rate, reverse=True):
+        kind = candidate.choice.kind
+        firsts[kind] += 1
+        if firsts[kind] <= _OF_EACH:
+            chosen.append((_job_rate(candidate), candidate))
     found: list[Estimate] = []
-    for candidate in ordered:
-        firsts[candidate.choice.ways] += 1
-        if firsts[candidate.choice.ways] <= _OF_EACH:
-            found.append(estimate(shop, candidate))
+    best = 0.0
+    for limit, candidate in sorted(chosen, key=lambda pair: pair[0], reverse=True):
+        if limit < equal * best:
+            break
+        found.append(estimate(shop, candidate, limit))
+        best = max(best, found[-1].throughput)
     return found
 
 
-def estimate(shop: Shop, candidate: Candidate) -> Estimate:
-    """Simulate a few layers of a candidate's steady sweep, and sum up its job."""
+def _job_rate(candidate: Candidate) -> float:
+    """Tokens a second of the job, if every sweep takes as long as its busiest resource."""
+    mean = candidate.setting.mean
+    return mean.tokens * mean.sweeps * mean.rows / max(1e-12, job_seconds(candidate.setting))
+
+
+def estimate(shop: Shop, candidate: Candidate, limit: float) -> Estimate:
+    """Simulate a few layers of a candidate's steady sweep, whose job makes ``limit`` tokens a second at best."""
     setting = candidate.setting
     cut, mean = candidate.choice.cut, setting.mean
     batches = setting.sequences * (mean.decode.tokens + mean.prompt.tokens) / cut.micro_tokens
@@ -69,9 +86,7 @@ def estimate(shop: Shop, candidate: Candidate) -> Estimate:
     if timing is not None:
         most = max(timing.busy_s.values()) if setting.overlap else sum(timing.busy_s.values())
         stretch = max(1.0, timing.seconds / most) if most > 0 else 1.0
-    tokens = setting.mean.tokens * setting.mean.sweeps * setting.mean.rows
-    throughput = tokens / max(1e-12, stretch * job_seconds(setting))
-    return Estimate(candidate, stretch, stretch * steady_seconds(setting), throughput)
+    return Estimate(candidate, stretch, stretch * steady_seconds(setting), limit / stretch)
 
 
 def plan_of(shop: Shop, found: Estimate) -> tuple[Plan, WeightPlacement]:

@@ -25,6 +25,11 @@ DRIVE = 0.9  # long direct reads and writes of the drive's figure
 ATTENTION = 0.4  # fused attention of prompts of the peak
 CPU_PRODUCT = 0.6
 CPU_ATTENTION = 0.5  # of the CPU's product rate, in prompts
+PACKED_NUMBER = 0.5625  # bytes of a number of packed KV
+CPU_UNPACK, CPU_PACK = 134, 3_700  # FLOPs of products in the time that a number of KV takes; measured, see below
+CPU_PACKED_SOURCE = "in the time of {} FLOPs of products, as measured by flexbatch profile on two Zen 4 cores"
+GPU_UNPACK, GPU_PACK = 5, 300  # fp32 instructions that a number of KV takes in the kernels, counted in their source
+GPU_ISSUE = 0.5  # of the instructions that the peak of fp32 (two FLOPs each) stands for
 PCIE_GB = {3: 15.75, 4: 31.5, 5: 63.0}
 _STEP_GPU, _STEP_CPU = 20e-6, 35e-6
 
@@ -241,6 +246,12 @@ def _gpu(gpu: Gpu, figure: Any, known: dict[str, tuple[float, str]]) -> dict[str
         products["bfloat16"] = products["float16"]
     single = f"{PRODUCT:.0%} assumed of {gpu.single:g} TFLOP/s in fp32, TF32 off ({gpu.sheet} data sheet); {read}"
     products["float32"] = curve(figure("gpu.products.float32", PRODUCT * gpu.single * 1e12, single), bandwidth, 4)
+    issued = f"instructions a number at {GPU_ISSUE:.0%} of {gpu.single:g} TFLOP/s in fp32, two FLOPs each; assumed"
+
+    def instructions(each: int) -> float:
+        """How often a second so many instructions can be issued."""
+        return GPU_ISSUE * gpu.single * 1e12 / 2 / each
+
     widened = {}
     for stored, nbytes in (("float16", 6.0), ("bfloat16", 6.0), ("int4", 2.5625)):
         what = f"{nbytes:g} bytes a weight, read and written, at {MEMORY:.0%} of {gpu.memory:g} GB/s (data sheet)"
@@ -257,6 +268,12 @@ def _gpu(gpu: Gpu, figure: Any, known: dict[str, tuple[float, str]]) -> dict[str
             f"{ATTENTION:.0%} assumed of {gpu.half:g} TFLOP/s ({gpu.sheet} data sheet)",
             "attention_flops",
         ),
+        "packed_attention": figure(
+            "gpu.packed_attention",
+            1 / (PACKED_NUMBER / bandwidth + 1 / instructions(GPU_UNPACK)),
+            f"{PACKED_NUMBER} bytes a number at {MEMORY:.0%} of {gpu.memory:g} GB/s, and {GPU_UNPACK} {issued}",
+        ),
+        "packing": figure("gpu.packing", instructions(GPU_PACK), f"{GPU_PACK} {issued}"),
         "step_s": figure("gpu.step_s", _STEP_GPU, "assumed: a few kernel launches of about 5 microseconds"),
     }
 
@@ -276,6 +293,12 @@ def _cpu(host: Host, figure: Any) -> dict[str, Any]:
         "attention_flops": figure(
             "cpu.attention_flops", CPU_ATTENTION * peak, f"{CPU_ATTENTION:.0%} assumed of the rate of products"
         ),
+        "packed_attention": figure(
+            "cpu.packed_attention",
+            min(bandwidth / PACKED_NUMBER, peak / CPU_UNPACK),
+            f"{CPU_PACKED_SOURCE.format(CPU_UNPACK)}, or {PACKED_NUMBER} bytes a number at {read}",
+        ),
+        "packing": figure("cpu.packing", peak / CPU_PACK, CPU_PACKED_SOURCE.format(CPU_PACK)),
         "step_s": figure("cpu.step_s", _STEP_CPU, "measured by flexbatch profile on two EPYC cores; taken for all"),
     }
 

@@ -30,11 +30,16 @@ def through_four_bits(
     """k and v [L, kv_heads, D] at ``positions``, packed and unpacked in ``basis``, as they were again."""
     dim = k.shape[-1]
     first = (positions == 0).view(-1, 1, 1)
-    keys = unpack_rows(pack_rows(basis.stored_keys(k, positions, turns)), dim) + first * basis.first_keys
+    keys = (
+        unpack_rows(pack_rows(basis.stored_keys(k, positions, turns), basis.key_feedback), dim)
+        + first * basis.first_keys
+    )
     back = torch.linalg.inv(basis.keys.double()).float()
     keys = torch.einsum("lkd,kde->lke", keys, back) + turned(basis.means, None if turns is None else turns[positions])
-    values = unpack_rows(pack_rows(basis.stored_values(v, positions)), dim) + first * basis.first_values
-    return keys, values @ basis.values.t()
+    values = unpack_rows(pack_rows(basis.stored_values(v, positions), basis.value_feedback), dim)
+    back = torch.linalg.inv(basis.values.double()).float()
+    values = torch.einsum("lkd,kde->lke", values + first * basis.first_values, back) + basis.value_means
+    return keys, values
 
 
 @contextmanager

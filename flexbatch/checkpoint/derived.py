@@ -17,6 +17,7 @@ from typing import Protocol
 
 import torch
 
+from flexbatch.checkpoint.packed import stored_name
 from flexbatch.checkpoint.safetensors import read_header, read_raw, read_tensor, write_file
 from flexbatch.checkpoint.tensors import TensorEntry
 from flexbatch.checkpoint.torchbin import cache_folder, no_room
@@ -95,7 +96,8 @@ class DerivedCheckpoint:
             return entry
         form = "dequantized" if entry.layout is None else "repacked"
         folder = cache_folder() / form / f"{self.source.stem[:40]}-{self._key()}"
-        target = folder / f"{entry.name}.safetensors"
+        kept_as = entry.name if entry.layout is None else stored_name(entry.name, entry.layout)
+        target = folder / f"{kept_as}.safetensors"
         try:
             if not target.is_file():
                 folder.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ import torch
 
 from flexbatch.checkpoint.locate import ModelFolder
 from flexbatch.checkpoint.tensors import DTYPE_NAMES, DTYPES, TensorEntry
-from flexbatch.compression.groups import PackedLayout
+from flexbatch.compression.groups import MIDDLE, Offset, PackedLayout
 from flexbatch.compression.quantize import quantize
 from flexbatch.errors import UsageError
 from flexbatch.models.spec import WeightTable
@@ -59,19 +59,20 @@ class DummyCheckpoint:
             return self.read(entry).view(-1).view(torch.uint8)
         wide = self.read(replace(entry, dtype="F16", nbytes=2 * entry.elements, layout=None))
         packed = quantize(wide, group=entry.layout.group, method="minmax")
-        if entry.layout.integer_zeros:
-            packed = replace(packed, minimums=None, zeros=torch.full(packed.scales.shape, 8, dtype=torch.uint8))
+        if entry.layout.offset != "minimum":
+            zeros = torch.full(packed.scales.shape, MIDDLE, dtype=torch.uint8)
+            packed = replace(packed, minimums=None, zeros=zeros if entry.layout.offset == "zero" else None)
         raw = torch.empty(entry.nbytes, dtype=torch.uint8)
         entry.layout.put(packed, raw)
         return raw
 
     def kept_packed(
-        self, shapes: Mapping[str, tuple[int, int]], group: int = 64, *, integer_zeros: bool = False
+        self, shapes: Mapping[str, tuple[int, int]], group: int = 64, offset: Offset = "minimum"
     ) -> DummyCheckpoint:
         """Return such weights, those of ``shapes`` [out, in] in 4 bits."""
         entries = dict(self.entries)
         for name, shape in shapes.items():
-            layout = PackedLayout(shape, group, integer_zeros)
+            layout = PackedLayout(shape, group, offset)
             entries[name] = TensorEntry(name, "U8", shape, None, 0, layout.nbytes, layout)
         return replace(self, entries=entries)
 

@@ -29,7 +29,6 @@ from flexbatch.shapes import ModelShape
 
 _SAMPLE = 4096  # bytes of content hashed at each of several places
 _GROUP = 32  # weights of a Q4_0 or Q4_1 block
-_Q4_0_ZERO = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +46,7 @@ class GgufRecipe:
         if tensor.kind not in ("Q4_0", "Q4_1") or len(tensor.shape) != 2:
             return None
         out_features, in_features = tensor.shape
-        return PackedLayout((out_features, in_features), _GROUP, integer_zeros=tensor.kind == "Q4_0")
+        return PackedLayout((out_features, in_features), _GROUP, "middle" if tensor.kind == "Q4_0" else "minimum")
 
     def make(self) -> torch.Tensor:
         """Return the tensor: plain types as they are, others in fp32, the values of ggml's reference."""
@@ -62,7 +61,7 @@ class GgufRecipe:
         return self.stored.as_table(values)
 
     def packed(self) -> Packed | None:
-        """Return Q4_0 (scale and the integer zero 8) and Q4_1 (scale and minimum) exactly, with groups of 32."""
+        """Return Q4_0 (a scale; the zero is always 8) and Q4_1 (scale and minimum) exactly, with groups of 32."""
         tensor = self.tensor
         if self.layout is None:
             return None
@@ -79,8 +78,7 @@ class GgufRecipe:
             wrong = None if numbers is None else first_not_finite(numbers)
             if wrong is not None:
                 raise self._damaged(wrong * _GROUP)
-        zeros = None if has_minimum else torch.full_like(scales, _Q4_0_ZERO, dtype=torch.uint8)
-        return Packed(codes, scales, minimums, zeros, _GROUP, (out_features, in_features))
+        return Packed(codes, scales, minimums, None, _GROUP, (out_features, in_features))
 
     def _damaged(self, number: int) -> ModelError:
         return ModelError(

@@ -40,7 +40,7 @@ class GroupedRecipe:
     @property
     def layout(self) -> PackedLayout:
         """The layout of what ``packed`` returns."""
-        return PackedLayout(self.shape, self.group, integer_zeros=True, scale_type=DTYPES[self.scales.dtype])
+        return PackedLayout(self.shape, self.group, "zero", scale_type=DTYPES[self.scales.dtype])
 
     def make(self) -> torch.Tensor:
         """Return the weight as the table has it, (code - zero) * scale rounded once to the scales' type."""

@@ -7,23 +7,23 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 
 from flexbatch.checkpoint.tensors import DTYPE_NAMES, DTYPES, TensorEntry
-from flexbatch.compression.groups import GROUPS, PackedLayout
+from flexbatch.compression.groups import GROUPS, Offset, PackedLayout
 from flexbatch.errors import ModelError
 from flexbatch.models.spec import WeightTable
 
 _ALIGNMENT = 64
 """A stored weight is filled up to a multiple of it, so that all of them begin at one."""
-_NAME = re.compile(r"(?P<weight>.+)\.packed-(?P<group>\d{1,4})-(?P<offset>zero|minimum)-(?P<scales>F16|BF16)")
+_NAME = re.compile(r"(?P<weight>.+)\.packed-(?P<group>\d{1,4})-(?P<offset>minimum|zero|middle)-(?P<scales>F16|BF16)")
 
 
 def stored_name(weight: str, layout: PackedLayout) -> str:
     """The name under which a file keeps a packed weight."""
-    offset = "zero" if layout.integer_zeros else "minimum"
-    return f"{weight}.packed-{layout.group}-{offset}-{DTYPE_NAMES[layout.scale_type]}"
+    return f"{weight}.packed-{layout.group}-{layout.offset}-{DTYPE_NAMES[layout.scale_type]}"
 
 
 def stored_bytes(layout: PackedLayout) -> int:
@@ -37,7 +37,8 @@ def stored_packed(name: str) -> tuple[str, PackedLayout | None]:
     if found is None or int(found["group"]) not in GROUPS:
         return name, None
     scales = DTYPES[found["scales"]]
-    return found["weight"], PackedLayout((0, 0), int(found["group"]), found["offset"] == "zero", scales)
+    offset = cast(Offset, found["offset"])
+    return found["weight"], PackedLayout((0, 0), int(found["group"]), offset, scales)
 
 
 @dataclass(frozen=True, slots=True)

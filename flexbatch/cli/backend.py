@@ -14,9 +14,10 @@ from flexbatch.requests import Request, Result, TokenizedRequest
 
 if TYPE_CHECKING:
     from flexbatch.checkpoint.locate import ModelFolder
-    from flexbatch.finetune.job import FinetuneTask, Sizes
+    from flexbatch.finetune.job import FinetuneJob, FinetuneTask, Sizes
     from flexbatch.finetune.optimizer import NamedTensors
-    from flexbatch.finetune.training import TrainerLike
+    from flexbatch.finetune.training import Observer, TrainerLike
+    from flexbatch.runtime.passenger import Passenger
     from flexbatch.text.codec import TextCodec
 
 LoadProgress = Callable[[str, int, int], None]
@@ -62,6 +63,26 @@ class EngineLike(Protocol):
 
     def close(self) -> None:
         """Release everything."""
+
+
+class CompanionLike(Protocol):
+    """What a job needs of a training that shares its engine."""
+
+    @property
+    def trainer(self) -> Passenger:
+        """What the engine takes along."""
+
+    def start(self) -> None:
+        """Begin; the engine is there."""
+
+    def finish(self) -> None:
+        """Do what is left without inference; raise what ended it."""
+
+    def abandon(self, error: BaseException) -> None:
+        """End it; finished steps are kept."""
+
+    def stats(self) -> dict[str, Any]:
+        """What was chosen, under ``plan``, and what it cost."""
 
 
 class Backend:
@@ -123,13 +144,20 @@ class Backend:
         *,
         trace: bool,
         adapters: Mapping[str, Path],
+        passenger: Passenger | None = None,
     ) -> EngineLike:
-        """Plan for ``requests`` and load the model."""
+        """Plan for ``requests`` and load the model; ``passenger`` shares its sweeps."""
         from flexbatch.policy.workload import Workload
         from flexbatch.runtime.engine import Engine
 
         workload = Workload.of(requests, share_prefixes=options.share_prefixes)
-        return Engine(folder, codec, options, workload, progress, trace=trace, adapters=adapters)
+        return Engine(folder, codec, options, workload, progress, trace=trace, adapters=adapters, passenger=passenger)
+
+    def companion(self, job: FinetuneJob, observe: Observer, *, share: float) -> CompanionLike:
+        """Make a training ready that shares an engine."""
+        from flexbatch.finetune.companion import Companion
+
+        return Companion(job, observe, share=share)
 
     def parameters(self, task: FinetuneTask) -> NamedTensors:
         """Return the factors that a training begins with."""

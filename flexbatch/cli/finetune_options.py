@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+from flexbatch.cli.cofinetune import CoFinetune, agreed
 from flexbatch.cli.options import add_device_options, add_dtype_options, device_options, read_template, shares_option
 from flexbatch.errors import UsageError
-from flexbatch.finetune.options import ALL_LINEAR, FinetuneOptions
+from flexbatch.finetune.options import ALL_LINEAR, SHARE, FinetuneOptions
 from flexbatch.options import EngineOptions
 
 _ADAPTERS_OWN = ("rank", "alpha", "target_modules")  # what --init-from brings along
@@ -53,8 +54,8 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_training_options(parser: argparse.ArgumentParser) -> None:
-    """Give ``parser`` the options that say what is trained and how."""
+def add_training_options(parser: argparse.ArgumentParser, *, alone: bool = True) -> None:
+    """Give ``parser`` the options that say what is trained and how; if not ``alone``, ``--seed`` is there already."""
     adapter = parser.add_argument_group("adapter")
     adapter.add_argument("--rank", type=int, metavar="N", help="default 16")
     adapter.add_argument("--alpha", type=float, metavar="X", help="products are scaled by alpha / rank (default 32)")
@@ -63,7 +64,11 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     )
     adapter.add_argument("--init-from", metavar="DIR", type=Path, help="an adapter to train further")
     adapter.add_argument(
-        "--base-bits", type=int, choices=(16, 4), default=16, help="of the base's weights (default 16)"
+        "--base-bits",
+        type=int,
+        choices=(16, 4),
+        default=16 if alone else None,
+        help="of the base's weights (default 16)" if alone else "those of --weight-bits",
     )
     steps = parser.add_argument_group("training")
     steps.add_argument(
@@ -88,10 +93,49 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     steps.add_argument("--weight-decay", type=float, default=0.0, metavar="X", help="default 0")
     steps.add_argument("--clip", type=float, default=1.0, metavar="X", help="the gradient's norm; 0: off (default 1)")
     steps.add_argument("--dropout", type=float, default=0.0, metavar="P", help="before the adapter (default 0)")
-    steps.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of the adapter's start and dropout (default 0)"
-    )
+    if alone:
+        steps.add_argument(
+            "--seed", type=int, default=0, metavar="N", help="of the adapter's start and dropout (default 0)"
+        )
     steps.add_argument("--save-every", type=int, default=50, metavar="N", help="steps from checkpoint to checkpoint")
+
+
+def add_cofinetune_options(parser: argparse.ArgumentParser) -> None:
+    """Give ``parser``, which has the options of ``flexbatch run``, those of finetuning beside it."""
+    group = parser.add_argument_group("finetuning beside generation (with the options of flexbatch finetune)")
+    group.add_argument("--finetune", metavar="FILE", type=Path, help="train a LoRA adapter on these rows meanwhile")
+    group.add_argument("--adapter-output", metavar="DIR", type=Path, help="the adapter's folder, PEFT format")
+    group.add_argument(
+        "--finetune-share", type=float, metavar="X", help=f"of its time that generation may lose (default {SHARE})"
+    )
+    add_training_options(parser, alone=False)
+
+
+def cofinetune_options(values: argparse.Namespace, engine: EngineOptions, *, writes: bool = True) -> CoFinetune | None:
+    """Return what ``add_cofinetune_options`` parsed; UsageError where something is missing, or has no meaning.
+
+    ``writes``: whether an adapter comes of it, so that it needs a place.
+    """
+    if values.finetune is None:
+        _refuse_without_finetune(values)
+        return None
+    training = training_options(values)
+    if values.adapter_output is None and writes:
+        raise UsageError("--finetune: give the adapter's folder, too: --adapter-output DIR")
+    share = SHARE if values.finetune_share is None else values.finetune_share
+    if not 0 < share < 1:
+        raise UsageError(f"--finetune-share {share:g}: give a part of generation's time between 0 and 1, such as 0.1")
+    output = values.adapter_output or Path()
+    return CoFinetune(values.finetune, output, agreed(training, engine, values.base_bits), share)
+
+
+def _refuse_without_finetune(values: argparse.Namespace) -> None:
+    training = training_options(argparse.Namespace(**{**vars(values), "seed": 0}))
+    given = [name for name in ("adapter_output", "finetune_share", "base_bits") if getattr(values, name) is not None]
+    plain = FinetuneOptions()
+    given += [field.name for field in fields(plain) if getattr(training, field.name) != getattr(plain, field.name)]
+    if given:
+        raise UsageError(f"--{given[0].replace('_', '-')}: goes with --finetune FILE, which is not there")
 
 
 def finetune_command(values: argparse.Namespace) -> FinetuneCommand:
@@ -145,7 +189,7 @@ def training_options(values: argparse.Namespace) -> FinetuneOptions:
         clip=values.clip,
         dropout=values.dropout,
         seed=values.seed,
-        base_bits=values.base_bits,
+        base_bits=values.base_bits or 16,
         init_from=values.init_from,
         save_every=values.save_every,
         optimizer_states=values.optimizer_states,

@@ -163,6 +163,7 @@ def run_lm_eval(values: argparse.Namespace, command: Sequence[str]) -> ExitCode:
         write_stats(options.stats, stats or {"requests": 0})
     if options.output is not None:
         results.write(options.output, asdict(options))
+    results.forget_answers()
     print(results.table())
     return ExitCode.DONE
 

@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -19,7 +20,12 @@ from flexbatch.cli.backend import Backend
 from flexbatch.cli.console import print_error
 from flexbatch.cli.convert import add_convert_options, run_convert
 from flexbatch.cli.finetune import run_finetune
-from flexbatch.cli.finetune_options import add_finetune_options, finetune_command
+from flexbatch.cli.finetune_options import (
+    add_cofinetune_options,
+    add_finetune_options,
+    cofinetune_options,
+    finetune_command,
+)
 from flexbatch.cli.info import add_info_options, run_info
 from flexbatch.cli.lm_eval import add_lm_eval_options, run_lm_eval
 from flexbatch.cli.options import add_run_options, run_options
@@ -48,7 +54,9 @@ def main(argv: Sequence[str] | None = None, backend: Backend | None = None) -> i
         elif values.command == "lm-eval":
             code = run_lm_eval(values, [*program, *arguments])
         else:
-            code = run_job(run_options(values), backend or Backend(), [*program, *arguments])
+            options = run_options(values)
+            options = replace(options, finetune=cofinetune_options(values, options.engine))
+            code = run_job(options, backend or Backend(), [*program, *arguments])
         if sys.stdout is not None:
             sys.stdout.flush()
         return code
@@ -84,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     run = commands.add_parser("run", help="generate for every row of a file", allow_abbrev=False)
     add_run_options(run)
+    add_cofinetune_options(run)
     plan = commands.add_parser("plan", help="say what a run would do, how fast, and why", allow_abbrev=False)
     add_plan_options(plan)
     profile = commands.add_parser("profile", help="measure this machine for plans", allow_abbrev=False)

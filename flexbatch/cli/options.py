@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from flexbatch.checkpoint.hub import canonical
+from flexbatch.cli.cofinetune import CoFinetune
 from flexbatch.errors import UsageError
 from flexbatch.options import THROTTLED, EngineOptions, Resource
 from flexbatch.policy.saved import load_plan
@@ -42,6 +43,7 @@ class RunOptions:
     quiet: bool = False
     lora: tuple[tuple[str, Path], ...] = ()
     lora_dir: Path | None = None
+    finetune: CoFinetune | None = None
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:

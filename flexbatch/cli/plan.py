@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flexbatch.cli.console import Console
+from flexbatch.cli.finetune_options import add_cofinetune_options, cofinetune_options
 from flexbatch.cli.options import add_engine_options, count_option, engine_options
 from flexbatch.cli.plan_table import plan_table
 from flexbatch.cli.progress import LoadMeter
@@ -52,11 +53,14 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
         "--profile", metavar="FILE|NAME", help="plan for the machine of a profile, or a shipped one such as t4"
     )
     add_engine_options(parser)
+    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)  # changes no plan
+    add_cofinetune_options(parser)
 
 
 def run_plan(values: argparse.Namespace) -> ExitCode:
     """Print the plan, as a table or as JSON, and draw it on demand."""
     options = engine_options(values)
+    finetune = cofinetune_options(values, options, writes=False)
     given = [name for name in ("prompt_len", "gen_len", "num_requests") if getattr(values, name) is not None]
     if values.input is not None and given:
         raise UsageError(f"--{given[0].replace('_', '-')}: the rows of --input have lengths: give one of the two")
@@ -78,6 +82,12 @@ def run_plan(values: argparse.Namespace) -> ExitCode:
         console.warn(warning)
     workload = _workload(values, options, folder, console)
     profile, machine = _machine(values, options, folder, console)
+    beside = None
+    if finetune is not None:
+        from flexbatch.cli.plan_finetune import FinetunePlanner
+
+        beside = FinetunePlanner(finetune, folder, _codec(values.model, folder), options, machine)
+        machine = beside.left
     shop = _shop(folder, workload, options, machine, profile)
     from flexbatch.policy.search import choose
     from flexbatch.policy.whatif import look_into
@@ -94,6 +104,8 @@ def run_plan(values: argparse.Namespace) -> ExitCode:
     )
     insight = look_into(shop, plan, placement, timeline=values.plot is not None)
     found = plan.to_json() | {"gains": insight.to_json()}
+    if beside is not None:
+        found["finetune"] = beside.figures(shop, plan, placement)
     print(json.dumps(found, ensure_ascii=False, indent=1) if values.json else plan_table(found, insight))
     if values.plot is not None:
         from flexbatch.cli.plan_figure import draw
@@ -226,4 +238,4 @@ def _checkpoint(folder: ModelFolder, table: WeightTable) -> Checkpoint:
     if quantization is None:
         return found
     shapes = {name: kind.shape for name, kind in packable(table).items()}
-    return found.kept_packed(shapes, quantization.group, integer_zeros=quantization.method != "flexbatch")
+    return found.kept_packed(shapes, quantization.group, "minimum" if quantization.method == "flexbatch" else "zero")

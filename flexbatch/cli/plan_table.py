@@ -41,9 +41,24 @@ def plan_table(plan: dict[str, Any], insight: Insight) -> str:
         "binds": _binds(plan["predicted"], insight),
         "one more GB": _gains(insight.more, _TIERS),
         "twice as fast": _gains(insight.faster, _RESOURCES),
+        "finetuning": _finetuning(plan.get("finetune")),
     }
     width = max(map(len, rows)) + 2
     return "\n".join(lines + [f"{name.ljust(width)}{text}" for name, text in rows.items() if text])
+
+
+def _finetuning(found: dict[str, Any] | None) -> str:
+    """How a training would share the sweeps, and how fast it would be alone."""
+    if found is None:
+        return ""
+    both, alone = found["together"], found["alone"]
+    how = {"riding": "rides on the sweeps", "reverse": "goes between the sweeps"}[both["order"]]
+    rate = f"{both['predicted']['tokens_per_s']:.1f} tokens/s"
+    alone_rate = "does not fit alone" if alone is None else f"{alone['predicted']['tokens_per_s']:.1f} alone"
+    return (
+        f"{how}, {both['tokens_per_sweep']} tokens at a time, {rate} ({alone_rate}); inputs of layers in "
+        f"{_TIERS[both['kept']]}; {both['reason']}"
+    )
 
 
 def _memory(plan: dict[str, Any], tiers: list[str]) -> list[str]:

@@ -129,12 +129,20 @@ class RunMeter:
     """Progress of generation, refreshed by a thread of its own, for rows can take minutes to finish.
 
     ``shares[i]`` is the most tokens that the i-th row of this run can take; ``rows`` counts all rows of the job,
-    ``done`` those of earlier runs.
+    ``done`` those of earlier runs. ``more`` says what else there is to say.
     """
 
     def __init__(
-        self, console: Console, snapshot: Callable[[], SnapshotLike], shares: list[int], *, rows: int, done: int
+        self,
+        console: Console,
+        snapshot: Callable[[], SnapshotLike],
+        shares: list[int],
+        *,
+        rows: int,
+        done: int,
+        more: Callable[[], str] | None = None,
     ) -> None:
+        self._more = more
         self._console = console
         self._snapshot = snapshot
         self._total = sum(shares)
@@ -176,7 +184,8 @@ class RunMeter:
         """Rows, tokens and speed in words."""
         tokens = self._snapshot().completion_tokens
         speed = tokens / max(time.monotonic() - self._started, 1e-9)
-        return f"{self._done}/{self._rows} rows, {tokens} tokens, {speed:.1f} tokens/s"
+        more = "" if self._more is None else self._more()
+        return f"{self._done}/{self._rows} rows, {tokens} tokens, {speed:.1f} tokens/s{more}"
 
     def remaining(self) -> str:
         """The time left in words, ``?`` before anything is known."""

@@ -9,19 +9,20 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flexbatch.cli.backend import Backend, EngineLike, resolved
+from flexbatch.cli.cofinetune import Beside
 from flexbatch.cli.console import Console, print_error
 from flexbatch.cli.lines import LineWriter, invalid_line
 from flexbatch.cli.options import RunOptions
 from flexbatch.cli.progress import LoadMeter, RunMeter
 from flexbatch.cli.report import job_stats, plan_summary, write_stats
 from flexbatch.cli.signals import Interrupted, Stop, interruptible
-from flexbatch.errors import ExitCode, InternalError, UsageError
+from flexbatch.errors import DivergedError, ExitCode, InternalError, UsageError
 from flexbatch.jobs.durable import disk_error
 from flexbatch.jobs.identity import JobIdentity
 from flexbatch.jobs.journal import Journal
@@ -49,12 +50,14 @@ def run_job(options: RunOptions, backend: Backend, command: Sequence[str]) -> Ex
             return job.run(stop)
     except Interrupted as interrupted:
         job.close()
-        kept = f"; {job.kept()}" if job.kept() else ""
+        kept = "".join(f"; {said}" for said in job.kept())
         print_error(f"flexbatch: interrupted{kept}; continue with:\n  {job.resume_command(command)}")
         return interrupted.exit_code
+    except DivergedError:
+        raise  # it says itself what is kept, and the same command would not help
     except Exception as error:
         if job.kept():
-            error.add_note(f"{job.kept()}: the same command goes on from there")
+            error.add_note(f"{', '.join(job.kept())}: the same command goes on from there")
         raise
     finally:
         job.close()
@@ -71,20 +74,25 @@ class _Job:
         self._adapters: dict[str, Path] = {}
         self._resumed = 0
         self._begun = False
+        self._beside: Beside | None = None
 
     def close(self) -> None:
         if self._journal is not None:
             self._journal.close()
+        if self._beside is not None:
+            self._beside.close()
 
-    def kept(self) -> str:
-        """Say which rows of this job survive its end, if any do."""
+    def kept(self) -> list[str]:
+        """Say which rows of this job, and which steps of training, survive its end, if any do."""
+        said = [] if self._beside is None or not self._beside.kept() else [self._beside.kept()]
         if not self._begun or self._journal is None or self._journal.rows_done == 0 or not self._part.exists():
-            return ""
-        return f"{self._journal.rows_done} of {len(self._rows)} rows are kept in {self._part}"
+            return said
+        return [f"{self._journal.rows_done} of {len(self._rows)} rows are kept in {self._part}", *said]
 
     def resume_command(self, command: Sequence[str]) -> str:
         """Return the command that continues this job: once it has begun, ``--overwrite`` would start anew."""
-        words = [word for word in command if word != "--overwrite" or not self._begun]
+        begun = self._begun and (self._beside is None or self._beside.begun)
+        words = [word for word in command if word != "--overwrite" or not begun]
         return shlex.join(words) + ("  (with the same rows on stdin)" if self._options.input == "-" else "")
 
     def run(self, stop: Stop) -> ExitCode:
@@ -106,12 +114,13 @@ class _Job:
         self._adapters = {name: path for name, path in folders.items() if name in used}
         identity = self._identity(job_input, folder)
         if completed is not None:
-            return self._report_completed(completed, identity)
+            return self._report_completed(completed, identity, folder, stop)
         assert self._journal is not None
         self._journal.require_same(identity)
         if self._journal.identity is not None:
             identity = identity.adopt(self._journal.identity)
         codec = self._backend.codec(folder)
+        self._find_training(folder, codec)
         self._refuse_adapters(job_input, folder)
         requests = self._encode(job_input, folder, codec)
         pending = [request for request in requests if not self._journal.is_done(request.index)]
@@ -122,10 +131,12 @@ class _Job:
             with closing(self._open_engine(folder, codec, identity, pending)) as engine:
                 identity = replace(identity, resolved=resolved(engine.plan.to_json()))
                 self._begin(identity)
-                self._generate(engine, pending, LineWriter(folder.name, codec), stop)
-                return self._finish(identity, engine, time.monotonic() - started)
+                with nullcontext() if self._beside is None else self._beside.alongside():
+                    self._generate(engine, pending, LineWriter(folder.name, codec), stop)
+                    failed = self._complete(identity)
+                return self._finish(failed, engine, time.monotonic() - started, stop)
         self._begin(identity)
-        return self._finish(identity, None, time.monotonic() - started)
+        return self._finish(self._complete(identity), None, time.monotonic() - started, stop)
 
     # --- before the model is loaded ----------------------------------------------------------------------------
 
@@ -138,6 +149,7 @@ class _Job:
         for option, place in given.items():
             check_place(option, place)
         inputs = {} if options.input == "-" else {"--input": Path(options.input)}
+        inputs |= {} if options.finetune is None else options.finetune.places()
         check_distinct({**inputs, **given, f"the journal of --output {options.output}": self._part})
 
     def _completed(self) -> CompletedJob | None:
@@ -151,12 +163,18 @@ class _Job:
             raise UsageError(f"--output {output}: exists: choose another name, or replace it with --overwrite")
         return completed
 
-    def _report_completed(self, completed: CompletedJob, identity: JobIdentity) -> ExitCode:
+    def _report_completed(
+        self, completed: CompletedJob, identity: JobIdentity, folder: ModelFolder, stop: Stop
+    ) -> ExitCode:
         output = self._options.output
         if found := identity.differences(completed.identity):
             remedy = "choose another name, or replace it with --overwrite"
             raise UsageError(f"--output {output}: exists, from a job that differs in {', '.join(found)}: {remedy}")
         self._console.say(f"{output} is already complete: {completed.rows} rows, {completed.failed} failed")
+        if self._options.finetune is not None:
+            self._find_training(folder, self._backend.codec(folder))
+            self._finish_training(stop)
+            self._write_stats(None, completed.failed)
         return ExitCode.ROWS_FAILED if completed.failed else ExitCode.DONE
 
     def _identity(self, job_input: JobInput, folder: ModelFolder) -> JobIdentity:
@@ -183,6 +201,21 @@ class _Job:
             "kv_bits": engine.kv_bits,
         }
         return JobIdentity(folder.name, self._backend.fingerprint(folder), job_input.digest, settings, asked)
+
+    def _find_training(self, folder: ModelFolder, codec: TextCodec | None) -> None:
+        """Look for everything that can be wrong with ``--finetune``."""
+        options = self._options
+        if options.finetune is not None:
+            self._beside = Beside(
+                options.finetune,
+                self._backend,
+                self._console,
+                folder,
+                codec,
+                options.engine,
+                template=options.template,
+                overwrite=options.overwrite,
+            )
 
     def _refuse_adapters(self, job_input: JobInput, folder: ModelFolder) -> None:
         """Make rows invalid whose adapter asks for something that is not supported."""
@@ -233,6 +266,7 @@ class _Job:
                 meter,
                 trace=options.trace is not None,
                 adapters=self._adapters,
+                passenger=None if self._beside is None else self._beside.passenger(),
             )
         self._console.say(plan_summary(engine.plan.to_json()))
         return engine
@@ -258,7 +292,9 @@ class _Job:
         if self._resumed:
             self._console.say(f"going on from {self._part}: {self._resumed} of {len(self._rows)} rows are done")
         planned = list(shares.values())
-        with RunMeter(self._console, engine.snapshot, planned, rows=len(self._rows), done=self._resumed) as meter:
+        rows, beside = len(self._rows), self._beside
+        more = None if beside is None else beside.status
+        with RunMeter(self._console, engine.snapshot, planned, rows=rows, done=self._resumed, more=more) as meter:
             for result in engine.run(pending):
                 request = by_id.pop(result.id)
                 line = writer.line(self._rows[request.index], request, result)
@@ -271,7 +307,8 @@ class _Job:
 
     # --- afterwards --------------------------------------------------------------------------------------------
 
-    def _finish(self, identity: JobIdentity, engine: EngineLike | None, seconds: float) -> ExitCode:
+    def _complete(self, identity: JobIdentity) -> int:
+        """Write the output, for all rows are done; return how many have failed."""
         assert self._journal is not None
         options, journal = self._options, self._journal
         fixed = {row.index: invalid_line(row) for row in self._rows if row.error is not None}
@@ -279,18 +316,32 @@ class _Job:
         journal.write_output(options.output, fixed)
         remember(options.output, identity, len(self._rows), failed)
         journal.remove()
+        return failed
+
+    def _finish(self, failed: int, engine: EngineLike | None, seconds: float, stop: Stop) -> ExitCode:
+        options = self._options
         stats = job_stats(engine, rows=len(self._rows), failed=failed, resumed=self._resumed)
-        if options.stats is not None:
-            write_stats(options.stats, stats)
+        tokens, rate = stats["completion_tokens"], stats["throughput_tok_s"]
+        speed = f"{tokens} tokens in {format_duration(seconds)}, {rate:.1f} tokens/s"
+        self._console.say(f"{options.output}: {len(self._rows)} rows, {failed} failed; {speed}")
+        self._finish_training(stop)
+        self._write_stats(engine, failed)
         if options.trace is not None and engine is not None:
             try:
                 engine.write_trace(options.trace)
             except OSError as error:
                 raise disk_error(error, options.trace) from None
-        tokens, rate = stats["completion_tokens"], stats["throughput_tok_s"]
-        speed = f"{tokens} tokens in {format_duration(seconds)}, {rate:.1f} tokens/s"
-        self._console.say(f"{options.output}: {len(self._rows)} rows, {failed} failed; {speed}")
         return ExitCode.ROWS_FAILED if failed else ExitCode.DONE
+
+    def _finish_training(self, stop: Stop) -> None:
+        if self._beside is not None:
+            self._beside.finish(stop)
+            self._beside.report()
+
+    def _write_stats(self, engine: EngineLike | None, failed: int) -> None:
+        if self._options.stats is not None:
+            stats = job_stats(engine, rows=len(self._rows), failed=failed, resumed=self._resumed)
+            write_stats(self._options.stats, stats if self._beside is None else self._beside.added_to(stats))
 
 
 def _pinned(options: EngineOptions, identity: JobIdentity) -> EngineOptions:

@@ -28,10 +28,15 @@ _SUFFIX = "_rank0.db"  # what the harness appends to the name that it is given
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """The harness's results. ``computed``: how many requests were answered now, not taken from earlier ones."""
+    """The harness's results.
+
+    ``computed``: how many requests were answered now, not taken from earlier ones. ``answers``: the file that keeps
+    them all until ``forget_answers``.
+    """
 
     results: dict[str, Any]
     computed: int
+    answers: Path | None = None
 
     def table(self) -> str:
         """The harness's table of scores, and of groups if there are any."""
@@ -54,6 +59,11 @@ class Evaluation:
             for sample in samples
         ]
         replace_file(path, lines, sum(map(len, lines)))
+
+    def forget_answers(self) -> None:
+        """Remove the kept answers: whatever was to be written of them is written."""
+        if self.answers is not None:
+            self.answers.unlink(missing_ok=True)
 
 
 class Harness:
@@ -102,7 +112,7 @@ class Harness:
         fresh: bool = False,
         quiet: bool = False,
     ) -> Evaluation:
-        """Answer all requests, taking from ``answers`` what stands there; the file goes when all is done.
+        """Answer all requests, taking from ``answers`` what stands there and adding to it.
 
         Raises InputError if ``answers`` belongs to another ``identity`` (unless ``fresh``), UsageError where the data
         of a task cannot be loaded, and the FlexbatchErrors of the model.
@@ -136,9 +146,7 @@ class Harness:
                 model.cache_hook.dbdict.close()
         assert results is not None
         results["config"]["model"] = name
-        if kept is not None:
-            kept.unlink(missing_ok=True)
-        return Evaluation(results, model.computed)
+        return Evaluation(results, model.computed, kept)
 
 
 def _claim(path: Path, identity: dict[str, Any], *, fresh: bool) -> None:

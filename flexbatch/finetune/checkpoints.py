@@ -60,10 +60,10 @@ class Checkpoints:
     Raises UsageError if another run holds them or the place cannot be written.
     """
 
-    def __init__(self, output: Path) -> None:
+    def __init__(self, output: Path, option: str = "--output") -> None:
         self.path = Path(f"{output}.part")
         if self.path.exists() and not self.path.is_dir():
-            raise UsageError(f"{self.path}: is a file, where checkpoints of --output {output} go: move it away")
+            raise UsageError(f"{self.path}: is a file, where checkpoints of {option} {output} go: move it away")
         try:
             self.path.mkdir(exist_ok=True)
             self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -71,7 +71,7 @@ class Checkpoints:
             raise disk_error(error, self.path) from None
         if not _locked(self._lock, self.path / _LOCK):
             os.close(self._lock)
-            raise UsageError(f"{self.path}: another run is writing there: wait for it, or choose another --output")
+            raise UsageError(f"{self.path}: another run is writing there: wait for it, or choose another {option}")
         self._open = True
 
     def latest(self) -> Checkpoint | None:

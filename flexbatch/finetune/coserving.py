@@ -1,63 +1,54 @@
-"""Finetuning that rides on inference: one process, one stream of weights, two jobs.
+"""Finetuning beside inference: one process, one set of weights, two jobs.
 
 The job's thread asks for gradients as it would ask a ``Trainer``; they come about in the thread that runs inference's
-sweeps, one layer of backward at a time as that layer passes by. When there is no more inference, the job's thread does
-what is left by itself, with the same weights.
+sweeps: one layer of backward at a time as that layer passes by (riding), or in passes of their own between two sweeps
+(reverse), as the policy says. Once inference is over, the same thread does what is left.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any
 
 from flexbatch.errors import InternalError
+from flexbatch.finetune.allowance import Allowance
 from flexbatch.finetune.inputs import SavedInputs
 from flexbatch.finetune.parameters import Parameters
 from flexbatch.finetune.trainer import Loss
-from flexbatch.finetune.work import TrainedTokens, Work
+from flexbatch.finetune.trip import INPUT_STEPS, Trip
+from flexbatch.finetune.work import TrainedTokens, Work, counts_of
 from flexbatch.options import EngineOptions
+from flexbatch.policy.coserving import CoservingPlan, inputs_tier, plan_coserving, reserved
 from flexbatch.policy.footprint import ModelSize
-from flexbatch.policy.machine import LANES
-from flexbatch.policy.training import LOSS_BYTES, WINDOW, TrainingJob, riding_bytes
+from flexbatch.policy.machine import LANES, Machine
+from flexbatch.policy.training import LOSS_BYTES, WINDOW, TrainingJob
 from flexbatch.runtime.executor import Executor
 from flexbatch.runtime.passenger import Loaded
 from flexbatch.runtime.setup import disk_folder
 from flexbatch.runtime.trace import Trace
 from flexbatch.scheduler.lowering import Lowerer, Ride
 from flexbatch.scheduler.steps import Step
-from flexbatch.scheduler.training import (
-    LearningBatch,
-    Task,
-    Visit,
-    cut,
-    forward_order,
-    reverse_order,
-    riding_sweeps,
-)
+from flexbatch.scheduler.training import Order, cut_batches
 from flexbatch.scheduler.training_lowering import Passage, TrainingLowerer
 
 
-@dataclass(slots=True)
-class _Trip:
-    """One call for gradients: its sweeps by group, of which ``done`` are over."""
-
-    batches: list[LearningBatch]
-    sweeps: list[dict[int, tuple[Task, ...]]]
-    kept: dict[int, str]
-    done: int = 0
-    passage: Passage | None = None
-    arrived: threading.Event = field(default_factory=threading.Event)
+class EndedError(InternalError):
+    """Inference has ended by an error, and what rode on it with it."""
 
 
-class RidingTrainer:
+class CoServingTrainer:
     """Does for a job what ``Trainer`` does, as a passenger of an engine.
 
-    ``share``: the part of the time that may go to training while there is inference. ``tokens``: of the largest call.
-    A call waits until its micro-batches have all come back, so it should hold many: a pipe of G micro-batches over L
-    layers is G / (G + L) full. ``kept``: the tier of saved inputs (None: that of the products).
+    ``share``: the part of the time that inference may lose to training. ``tokens``: of the largest call; a call waits
+    until all of it has come back, so it should hold a whole step: ``whole_steps`` says so. ``kept`` (the tier of saved
+    inputs) and ``order`` are the policy's unless given; ``plan`` says what it chose.
     """
+
+    whole_steps = True
 
     def __init__(
         self,
@@ -72,132 +63,117 @@ class RidingTrainer:
         longest: int | None = None,
         share: float = 0.2,
         kept: str | None = None,
+        order: Order | None = None,
     ) -> None:
         assert 0 < share < 1
-        self._tier = kept
         self.seen = 0
         self.parameters = parameters
+        self.plan: CoservingPlan | None = None
         self._options = options
         self._size = size
         self._window = window or WINDOW
         self._dropout, self._seed = dropout, seed
-        self._share = share
+        self._share, self._kept, self._order = share, kept, order
         self._lowest = parameters.groups[0]
         self._job = TrainingJob(tokens, self._window, longest or tokens, parameters.elements, self._lowest)
-        self._kept: dict[int, str] = {}
         self._loaded: Loaded | None = None
         self._work: Work | None = None
         self._inputs: SavedInputs | None = None
-        self._trip: _Trip | None = None
-        self._boarded = False
-        self._alone = threading.Event()
-        self._joined = threading.Event()
-        self._lock = threading.Lock()
-        self._error: BaseException | None = None
-        self._learning_s = self._sweeping_s = 0.0
-        self._newest_s = self._mark = 0.0
         self._executor: Executor | None = None
         self._lowerer: TrainingLowerer | None = None
         self._trace = Trace(keep=False)
-        self._passes = 0
+        self._joined = threading.Event()
+        # Between the two threads there are only queues and plain assignments: a signal may strike anywhere.
+        self._asked: SimpleQueue[Trip | None] = SimpleQueue()
+        self._trip: Trip | None = None
+        self._error: BaseException | None = None
+        self._over = False
+        self._boarded = False
+        self._paused = True  # nothing is on its way to the rings
+        self._mark = 0.0
+        self._moving_s: dict[str, float] = dict.fromkeys(INPUT_STEPS.values(), 0.0)
+        self._moved_before = dict(self._moving_s)
+        self._allowance = Allowance(share)
+        self._passes = self._answered = 0
+        self._owns_rings = False
         self.ridden = 0  # sweeps of inference that training was part of
+        self.pauses = 0  # times that it went on between two of them
 
     # --- the job's side ------------------------------------------------------------------------------------------
 
-    def accumulate(self, examples: Sequence[TrainedTokens], scale: float) -> Loss:
-        """Add d(scale * sum of the targets' -log p) / d(A, B) to the gradients; waits until they are there."""
-        loss = self._pass(examples, scale)
+    def accumulate(self, examples: Sequence[TrainedTokens], scale: float, sizes: Sequence[int] = ()) -> Loss:
+        """Add d(scale * sum of the targets' -log p) / d(A, B) to the gradients; waits until they are there.
+
+        ``sizes``: of the batches that the examples make (none given: one).
+        """
+        loss = self._pass(examples, scale, sizes or [len(examples)])
         self.seen += len(examples)
         return loss
 
     def evaluate(self, examples: Sequence[TrainedTokens]) -> Loss:
         """The loss, without dropout and gradients."""
-        return self._pass(examples, None)
+        return self._pass(examples, None, [len(examples)])
 
     def close(self) -> None:
-        """End what was begun; the engine, whose weights these are, closes itself."""
-        if self._executor is not None:
-            self._executor.close()
-        if self._inputs is not None:
-            self._inputs.close()
+        """The job asks for no more."""
+        self._asked.put(None)
 
     @property
     def peak_activation_bytes(self) -> int:
         """The most bytes in memory that hidden states, what backward keeps and gradients of either took: measured."""
         return 0 if self._work is None else self._work.peak
 
-    @property
-    def seconds(self) -> dict[str, float]:
-        """Seconds of sweeps that were shared, and of training in them."""
-        return {"sweeps": self._sweeping_s, "training": self._learning_s}
-
-    def _pass(self, examples: Sequence[TrainedTokens], scale: float | None) -> Loss:
+    def _pass(self, examples: Sequence[TrainedTokens], scale: float | None, sizes: Sequence[int]) -> Loss:
         self._joined.wait()
         self._check()
         assert self._loaded is not None
         assert self._work is not None
         assert self._inputs is not None
-        counts = [max((at for at, is_target in enumerate(each.trained) if is_target), default=0) for each in examples]
-        batches = cut(counts, self._window)
+        assert self.plan is not None
+        batches = cut_batches(counts_of(examples), sizes, self._window)
         if not batches:
             return Loss(0.0, 0)
-        layers = self._loaded.shape.num_layers
-        if scale is None:
-            sweeps = [{visit.group: visit.tasks for visit in forward_order(layers, len(batches))}]
-        else:
-            sweeps = riding_sweeps(layers, len(batches), self._lowest)
-        trip = _Trip(batches, sweeps, {} if scale is None else self._kept)
         self._inputs.begin([batch.tokens for batch in batches], saving=scale is not None)
         self._work.begin(batches, examples, self.seen, scale)
-        with self._lock:
-            alone = self._alone.is_set()
-            if not alone:
-                self._trip = trip
-        if alone and scale is not None:
-            self._run(reverse_order(layers, len(batches), self._lowest), trip)
-        elif alone:
-            self._run(forward_order(layers, len(batches)), trip)
-        else:
-            trip.arrived.wait()
-            self._check()
-            if trip.done < len(sweeps):
-                left = [Visit(group, tasks) for sweep in sweeps[trip.done :] for group, tasks in sweep.items()]
-                self._run(left, trip)
+        trip = Trip.of(batches, self._loaded.shape.num_layers, self._lowest, self.plan, training=scale is not None)
+        self._asked.put(trip)
+        if self._error is None:  # whoever leaves sets it first, and then looks for trips
+            trip.arrived.get()
+        self._check()
         self._inputs.end()
         return Loss(*self._work.finish())
 
-    def _run(self, visits: Sequence[Visit], trip: _Trip) -> None:
-        """Without inference."""
-        assert self._loaded is not None
-        assert self._work is not None
-        loaded = self._loaded
-        if self._executor is None or self._lowerer is None:
-            handlers = {"read": loaded.weights.read, "upload": loaded.weights.upload, **self._work.handlers()}
-            self._executor = Executor(handlers, loaded.device, self._trace, overlap=self._options.overlap)
-            self._lowerer = TrainingLowerer(loaded.routes, self._kept)
-        lowered = self._lowerer.lower(visits, trip.batches, passage=trip.passage)
-        self._executor.run(lowered.steps, self._passes, lowered.until)
-        self._passes += 1
-
     def _check(self) -> None:
         if self._error is not None:
-            raise InternalError(f"inference ended, and training with it: {self._error}") from self._error
+            raise EndedError(f"inference ended, and training with it: {self._error}") from self._error
 
     # --- the passenger's side ------------------------------------------------------------------------------------
 
-    def working_bytes(self, dtype: str) -> int:
-        """Bytes of the tier of the products that riding takes."""
-        return riding_bytes(self._size, self._job, dtype, below=self._tier is not None)
+    def reserve(self, machine: Machine) -> Machine:
+        """What is left for inference; also decides where saved inputs rest."""
+        self._kept = self._kept or inputs_tier(self._size, self._job, machine)
+        return reserved(self._size, self._job, machine, self._kept)
 
     def join(self, loaded: Loaded) -> None:
-        """The model is there."""
+        """The model is there: the policy can choose."""
         self._loaded = loaded
-        tier = self._tier or loaded.device.compute
-        self._kept = dict.fromkeys(range(max(1, self._lowest), loaded.shape.num_layers + 1), tier)
+        batches = max(1, -(-self._job.tokens // max(self._window, 1)))
+        self.plan = plan_coserving(
+            self._size,
+            self._job,
+            loaded.plan,
+            loaded.routes,
+            loaded.profile,
+            kept=self._kept or loaded.device.compute,
+            share=self._share,
+            batches=batches,
+            order=self._order,
+        )
+        tiers = dict.fromkeys(range(max(1, self._lowest), loaded.shape.num_layers + 1), self.plan.kept)
         self.parameters.to(loaded.device.torch_device)
         self._inputs = SavedInputs(
             loaded.device,
-            self._kept,
+            tiers,
             loaded.dtype,
             loaded.shape.hidden_size,
             LANES,
@@ -215,59 +191,174 @@ class RidingTrainer:
             seed=self._seed,
             loss_bytes=LOSS_BYTES,
         )
+        handlers = {"read": loaded.weights.read, "upload": loaded.weights.upload, **self._work.handlers()}
+        self._executor = Executor(handlers, loaded.device, self._trace, overlap=self._options.overlap)
+        self._lowerer = TrainingLowerer(loaded.routes, tiers)
         self._joined.set()
 
     def handlers(self) -> Mapping[str, Callable[[Step], None]]:
-        """What its Steps do."""
+        """What its Steps do; transfers of saved inputs are timed, for they are no part of inference."""
         assert self._work is not None
-        return self._work.handlers()
+
+        def timed(handler: Callable[[Step], None], resource: str) -> Callable[[Step], None]:
+            def run(step: Step) -> None:
+                started = time.perf_counter()
+                handler(step)
+                self._moving_s[resource] += time.perf_counter() - started
+
+            return run
+
+        found = self._work.handlers()
+        return found | {kind: timed(found[kind], resource) for kind, resource in INPUT_STEPS.items()}
+
+    def wants_pause(self) -> bool:
+        """Passes between sweeps use the rings that weights are fetched to."""
+        self._paused = self.plan is not None and self.plan.order == "reverse" and self._streams
+        return self._paused
 
     def board(self) -> Ride | None:
-        """The next sweep's part of what is under way, unless training has had its share of the time already."""
+        """The next sweep's part of what is under way, or what is done before it; nothing if inference lost enough."""
         self._boarded = False
-        with self._lock:
-            trip = self._trip
-        allowed = self._share / (1 - self._share) * (self._sweeping_s - self._learning_s)
-        if trip is None or (self._learning_s > 0 and self._learning_s + self._newest_s > allowed):
+        if self._take() is None or self.plan is None:
             return None
-        tasks = trip.sweeps[trip.done]
-        self._boarded = True
+        if self.plan.order == "reverse":
+            self._go_between()
+            return None
+        trip = self._trip
+        if trip is None or not self._allowance.suffices:
+            return None
         assert self._work is not None
         assert self._loaded is not None
-        self._mark = self._work.seconds
-        routes = self._loaded.routes
+        self._boarded = True
+        self._mark, self._moved_before = self._work.seconds, dict(self._moving_s)
+        tasks, routes, kept = trip.sweeps[trip.done], self._loaded.routes, self._tiers(trip)
 
         def ride(lowerer: Lowerer, group: int, weights: list[int]) -> list[int]:
             if trip.passage is None:
-                trip.passage = Passage(lowerer, routes, trip.batches, trip.kept)
+                trip.passage = Passage(lowerer, routes, trip.batches, kept)
             trip.passage.go_on(lowerer)
             return trip.passage.visit(group, tasks.get(group, ()), weights)
 
         return ride
 
-    def arrive(self, seconds: float) -> None:
-        """Count the sweep, and let the job go on if all is back."""
+    def arrive(self, seconds: float, busy: Mapping[str, float]) -> None:
+        """Count the sweep and what inference lost by it, and let the job go on if all is back."""
         assert self._work is not None
-        self._sweeping_s += seconds
+        assert self._loaded is not None
         if not self._boarded:
+            self._allowance.swept(seconds)
             return
-        self._newest_s = self._work.seconds - self._mark
-        self._learning_s += self._newest_s
+        moved = {name: spent - self._moved_before[name] for name, spent in self._moving_s.items()}
+        others = {name: spent - moved.get(name, 0.0) for name, spent in busy.items()}
+        others.pop(self._loaded.device.compute, None)
+        overlapped = others if self._options.overlap else {}
+        self._allowance.shared(seconds, self._work.seconds - self._mark, overlapped)
         trip = self._trip
-        assert trip is not None
-        trip.done += 1
-        self.ridden += 1
-        if trip.done == len(trip.sweeps):
-            with self._lock:
-                self._trip = None
-            trip.arrived.set()
+        if trip is not None:
+            trip.done += 1
+            self.ridden += 1
+            if trip.is_over:
+                self._arrived(trip)
 
     def leave(self, error: BaseException | None) -> None:
-        """No more sweeps: the job goes on alone, or ends."""
-        with self._lock:
-            self._error = error
-            self._alone.set()
-            trip, self._trip = self._trip, None
-        self._joined.set()
-        if trip is not None:
-            trip.arrived.set()
+        """No more sweeps for now; what is under way waits for others, or for ``drive``, or ends with the error."""
+        self._paused = True
+        if error is None:
+            return
+        self._error = error
+        if (trip := self._take()) is not None:
+            self._arrived(trip)
+        self.release()
+
+    def drive(self) -> None:
+        """Without inference: do what is under way and all that is asked for, until the job asks for no more."""
+        try:
+            while not self._over:
+                trip = self._trip or self._asked.get()
+                self._trip, self._over = trip, trip is None
+                while trip is not None and not trip.is_over:
+                    self._portion(trip, last=True)
+                if trip is not None:
+                    self._arrived(trip)
+        finally:
+            self.release()
+
+    def release(self) -> None:
+        """Let go of threads and files. The engine, whose weights these are, closes itself."""
+        if self._executor is not None:
+            self._executor.close()
+        if self._inputs is not None:
+            self._inputs.close()
+
+    @property
+    def progress(self) -> float:
+        """Calls for gradients that are answered, and the part of the one under way that is done."""
+        trip = self._trip
+        return self._answered + (0.0 if trip is None else trip.done / max(1, len(trip.sweeps), len(trip.passes)))
+
+    def stats(self) -> dict[str, Any]:
+        """What was chosen, and what came of it: seconds of inference's sweeps, and those that it lost."""
+        inputs = self._inputs
+        return {
+            "plan": None if self.plan is None else self.plan.to_json(),
+            "sweeps_ridden": self.ridden,
+            "pauses": self.pauses,
+            "inference_s": self._allowance.inference_s,
+            "lost_s": self._allowance.lost_s,
+            "moved_bytes": {
+                "disk_read": 0 if inputs is None else inputs.bytes_read,
+                "disk_write": 0 if inputs is None else inputs.bytes_written,
+            },
+        }
+
+    # --- parts ---------------------------------------------------------------------------------------------------
+
+    @property
+    def _streams(self) -> bool:
+        assert self._loaded is not None
+        return bool(self._loaded.routes.reads or self._loaded.routes.uploads)
+
+    def _tiers(self, trip: Trip) -> dict[int, str]:
+        assert self.plan is not None
+        assert self._loaded is not None
+        groups = range(max(1, self._lowest), self._loaded.shape.num_layers + 1)
+        return dict.fromkeys(groups, self.plan.kept) if trip.training else {}
+
+    def _take(self) -> Trip | None:
+        """The trip that is under way, or the next one that was asked for."""
+        if self._trip is None and not self._over:
+            try:
+                self._trip = self._asked.get_nowait()
+            except Empty:
+                return None
+            self._over = self._trip is None
+        return self._trip
+
+    def _arrived(self, trip: Trip) -> None:
+        self._trip = None
+        self._answered += 1
+        trip.arrived.put(None)
+
+    def _go_between(self) -> None:
+        """Passes between two sweeps, as many as inference may wait for."""
+        if not self._paused and self._streams:
+            return  # the next sweep's weights are on their way already
+        while (trip := self._trip) is not None and self._allowance.suffices:
+            started = time.perf_counter()
+            self._portion(trip, last=False)
+            self._allowance.stopped(time.perf_counter() - started)
+            self.pauses += 1
+            if trip.is_over:
+                self._arrived(trip)
+
+    def _portion(self, trip: Trip, *, last: bool) -> None:
+        """One pass over some micro-batches; ``last``: inference will not use the rings again."""
+        assert self._executor is not None
+        assert self._lowerer is not None
+        if not self._owns_rings:
+            self._lowerer.forget()
+        self._owns_rings = last
+        visits = trip.rest() if last and self._streams else trip.portion()
+        lowered = self._lowerer.lower(visits, trip.batches, more=last, passage=trip.passage)
+        self._executor.run(lowered.steps, self._passes, lowered.until)
+        self._passes += 1

@@ -50,7 +50,10 @@ HISTORY = "training.json"
 
 @dataclass(frozen=True, slots=True)
 class FinetuneTask:
-    """What is asked for: everything that is known before a row is encoded. ``template`` is a chat template's text."""
+    """What is asked for: everything that is known before a row is encoded. ``template`` is a chat template's text.
+
+    ``option`` is what messages call the output's place by.
+    """
 
     folder: ModelFolder
     fingerprint: str
@@ -62,6 +65,7 @@ class FinetuneTask:
     template: str | None = None
     overwrite: bool = False
     version: str = ""
+    option: str = "--output"
 
     def identity(self) -> JobIdentity:
         """What makes two trainings the same."""
@@ -80,11 +84,13 @@ class FinetuneTask:
 class Sizes:
     """What a trainer has to know of the data: how many examples came before (of earlier runs), and how large they get.
 
-    ``batch_tokens``: of all examples of the largest batch; ``longest``: of the longest example.
+    ``batch_tokens``: of all examples of the largest batch, ``step_tokens``: of the largest step; ``longest``: of the
+    longest example.
     """
 
     examples_done: int
     batch_tokens: int
+    step_tokens: int
     longest: int
 
 
@@ -112,11 +118,11 @@ class FinetuneJob:
             if Path(f"{task.output}.part").is_dir():  # the run that completed it died just then
                 Checkpoints(task.output).remove()
             return
-        check_output(task.output, overwrite=task.overwrite)
+        check_output(task.output, overwrite=task.overwrite, option=task.option)
         self._settings_from = _inherited(task.options.init_from)
         self._examples = self._encode()
         self.course = Course.of(task.options, len(self._examples))
-        self._checkpoints = Checkpoints(task.output)
+        self._checkpoints = Checkpoints(task.output, task.option)
         try:
             self._found = None if task.overwrite else self._checkpoint()
         except BaseException:
@@ -160,7 +166,7 @@ class FinetuneJob:
                 training.resume(self._found)
             self.record = training.record
             if self.record.steps < self.course.steps:
-                made = opened.enter_context(closing(trainer(task, tensors, self._sizes(training.examples_done))))
+                made = opened.enter_context(closing(trainer(task, tensors, self.sizes(training.examples_done))))
                 if task.overwrite:
                     self._checkpoints.clear()
                     remove_output(task.output)
@@ -174,6 +180,18 @@ class FinetuneJob:
                     raise
         with held():
             self._finish(tensors, settings)
+
+    def sizes(self, done: int = 0) -> Sizes:
+        """What a trainer has to know of the data, ``done`` examples of which came before."""
+        examples, course = self._examples, self.course
+        steps = [course.batches(step) for step in range(min(course.steps, course.steps_per_epoch))]
+        lengths = [[[examples.length(row) for row in rows] for rows in step] for step in steps]
+        return Sizes(
+            done,
+            batch_tokens=max(sum(batch) for step in lengths for batch in step),
+            step_tokens=max(sum(map(sum, step)) for step in lengths),
+            longest=max(max(batch) for step in lengths for batch in step),
+        )
 
     @property
     def kept_steps(self) -> int:
@@ -220,7 +238,8 @@ class FinetuneJob:
         if found := self._identity.differences(identity):
             remedy = "choose another name, or replace it with --overwrite"
             raise UsageError(
-                f"--output {self.task.output}: exists, from a training that differs in {', '.join(found)}: {remedy}"
+                f"{self.task.option} {self.task.output}: exists, from a training that differs in "
+                f"{', '.join(found)}: {remedy}"
             )
         return record
 
@@ -247,13 +266,6 @@ class FinetuneJob:
                 "options and rows, or start anew with --overwrite"
             )
         return found
-
-    def _sizes(self, done: int) -> Sizes:
-        examples, course = self._examples, self.course
-        steps = range(min(course.steps, course.steps_per_epoch))
-        batches = [rows for step in steps for rows in course.batches(step)]
-        lengths = [[examples.length(row) for row in rows] for rows in batches]
-        return Sizes(done, max(map(sum, lengths)), max(map(max, lengths)))
 
     # --- afterwards --------------------------------------------------------------------------------------------
 

@@ -10,6 +10,8 @@ from typing import Any, Literal
 from flexbatch.errors import UsageError
 
 ALL_LINEAR = "all-linear"
+SHARE = 0.1
+"""The part of its time that generation may lose to finetuning beside it, unless asked for otherwise."""
 OptimizerName = Literal["adamw", "sgd"]
 LrSchedule = Literal["cosine", "constant"]
 StatesPlace = Literal["memory", "disk"]

@@ -99,21 +99,24 @@ def write_text(path: Path, text: str) -> None:
     replace_file(path, [data], len(data))
 
 
-def check_output(output: Path, *, overwrite: bool) -> None:
-    """Raise UsageError unless ``output`` can become an adapter's folder (and is none yet, without ``overwrite``)."""
+def check_output(output: Path, *, overwrite: bool, option: str = "--output") -> None:
+    """Raise UsageError unless ``output`` can become an adapter's folder (and is none yet, without ``overwrite``).
+
+    ``option`` is what gave it.
+    """
     if output.exists() and not output.is_dir():
-        raise UsageError(f"--output {output}: is a file: give a folder, which must not exist yet")
+        raise UsageError(f"{option} {output}: is a file: give a folder, which must not exist yet")
     parent = output.absolute().parent
     if not parent.is_dir():
-        raise UsageError(f"--output {output}: there is no folder {parent}: make it first")
+        raise UsageError(f"{option} {output}: there is no folder {parent}: make it first")
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise UsageError(f"--output {output}: the folder {parent} cannot be written: choose another")
+        raise UsageError(f"{option} {output}: the folder {parent} cannot be written: choose another")
     if not output.is_dir() or not any(output.iterdir()):
         return
     if not (output / CONFIG).is_file():
-        raise UsageError(f"--output {output}: is a folder with other things in it: give one that does not exist yet")
+        raise UsageError(f"{option} {output}: is a folder with other things in it: give one that does not exist yet")
     if not overwrite:
-        raise UsageError(f"--output {output}: exists: choose another name, or replace it with --overwrite")
+        raise UsageError(f"{option} {output}: exists: choose another name, or replace it with --overwrite")
 
 
 def remove_output(output: Path) -> None:

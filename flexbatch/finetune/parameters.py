@@ -85,12 +85,7 @@ class Parameters:
 
         ``target_modules``: ``all-linear``, or names of modules as PEFT takes them. Raises UsageError on others.
         """
-        modules = modules_of(family_of(shape).table(shape))
-        names = _listed(target_modules)
-        config = AdapterConfig(rank, alpha, False, names, frozenset(), None, (), (), ())
-        if not isinstance(names, str):
-            _check_targets(names, config, modules, shape.family)
-        chosen = [module for name, module in modules.items() if is_target(config, name, shape.family)]
+        chosen = chosen_modules(shape, rank, alpha, target_modules)
         made = cls([Trained(module, rank, alpha / rank) for module in chosen])
         generator = torch.Generator().manual_seed(seed)
         for name, tensor in made.items():
@@ -185,6 +180,16 @@ class Parameters:
                 parts.append(Part(rows, columns, each.scale, tensors[b_name], sums[b_name], number))
             self._linears[key] = LinearFactors(a, a_gradient, tuple(parts))
         self._tensors, self._gradients = tensors, sums
+
+
+def chosen_modules(shape: ModelShape, rank: int, alpha: float, target_modules: str | Sequence[str]) -> list[Module]:
+    """The modules that ``target_modules`` names, in the model's order. Raises UsageError for one that is not there."""
+    modules = modules_of(family_of(shape).table(shape))
+    names = _listed(target_modules)
+    config = AdapterConfig(rank, alpha, False, names, frozenset(), None, (), (), ())
+    if not isinstance(names, str):
+        _check_targets(names, config, modules, shape.family)
+    return [module for name, module in modules.items() if is_target(config, name, shape.family)]
 
 
 def names_of(module: Module) -> tuple[str, str]:

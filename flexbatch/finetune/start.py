@@ -10,23 +10,45 @@ from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
+from flexbatch.errors import DoesNotFitError
 from flexbatch.finetune.job import FinetuneJob, FinetuneTask, Sizes
 from flexbatch.finetune.optimizer import NamedTensors
 from flexbatch.finetune.parameters import Parameters
 from flexbatch.finetune.trainer import Trainer
 from flexbatch.finetune.training import Observer, Progress
+from flexbatch.runtime.engine import Engine
 
 
 def train(
     task: FinetuneTask,
     loading: Callable[[str, int, int], None] | None = None,
     observe: Observer | None = None,
+    engine: Engine | None = None,
 ) -> dict[str, Any]:
-    """Do a task, or what is left of it, and return its figures."""
+    """Do a task, or what is left of it, and return its figures; with the weights of ``engine``, if it has room."""
     with closing(FinetuneJob(task)) as job:
-        if job.completed is None:
+        if job.completed is None and not (engine is not None and _lent(engine, job, observe or _unseen)):
             job.run(parameters_of, lambda task, made, sizes: trainer_of(task, made, sizes, loading), observe or _unseen)
         return job.stats()
+
+
+def _lent(engine: Engine, job: FinetuneJob, observe: Observer) -> bool:
+    """Train with an engine's weights; whether it could."""
+    from flexbatch.finetune.companion import Companion  # which needs the functions here
+
+    if engine.weight_bits != job.task.options.base_bits:
+        return False
+    companion = Companion(job, observe)
+    try:
+        engine.carry(companion.trainer)
+    except DoesNotFitError:
+        return False
+    try:
+        companion.start()
+        companion.finish()
+    finally:
+        engine.carry(None)
+    return True
 
 
 def parameters_of(task: FinetuneTask) -> Parameters:

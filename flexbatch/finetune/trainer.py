@@ -18,20 +18,23 @@ from flexbatch.checkpoint.locate import ModelFolder
 from flexbatch.errors import InternalError
 from flexbatch.finetune.inputs import SavedInputs
 from flexbatch.finetune.parameters import Parameters
-from flexbatch.finetune.work import TrainedTokens, Work
+from flexbatch.finetune.work import TrainedTokens, Work, counts_of
 from flexbatch.memory.direct import DirectReader
 from flexbatch.models.registry import family_of
 from flexbatch.models.spec import model_size
 from flexbatch.options import EngineOptions
 from flexbatch.policy.machine import LANES
+from flexbatch.policy.profile import HardwareProfile
+from flexbatch.policy.simulator import SweepTiming
 from flexbatch.policy.training import WINDOW, TrainingJob, plan_training
+from flexbatch.policy.training_time import pass_timing
 from flexbatch.runtime.allocator import keep_freed_blocks
 from flexbatch.runtime.executor import Executor
 from flexbatch.runtime.setup import disk_folder, machine_for, open_device
 from flexbatch.runtime.trace import Trace
 from flexbatch.runtime.weight_store import Progress, WeightStore, unit_sizes, units_of
 from flexbatch.scheduler.lowering import Routes
-from flexbatch.scheduler.training import Order, cut, forward_order, reverse_order, riding_order
+from flexbatch.scheduler.training import Order, Visit, cut_batches, forward_order, reverse_order, riding_order
 from flexbatch.scheduler.training_lowering import TrainingLowerer
 from flexbatch.units import MIB
 
@@ -57,6 +60,8 @@ class Trainer:
     Raises DoesNotFitError if that does not fit, ModelError if weights cannot be read, UsageError for options that this
     machine cannot follow.
     """
+
+    whole_steps = False
 
     def __init__(
         self,
@@ -91,9 +96,8 @@ class Trainer:
             raise InternalError("an adapter without modules")
         self._lowest = groups[0]
         job = TrainingJob(tokens, self._window, longest or tokens, parameters.elements, self._lowest)
-        self.plan = plan_training(
-            model_size(shape, table), unit_sizes(units), job, options, machine, stored_dtype=shape.stored_dtype
-        )
+        self._size, self._units = model_size(shape, table), unit_sizes(units)
+        self.plan = plan_training(self._size, self._units, job, options, machine, stored_dtype=shape.stored_dtype)
         self._reader = DirectReader(rate=options.rates.get("disk_read"))
         weights = WeightStore(
             table,
@@ -159,15 +163,24 @@ class Trainer:
         """The most bytes in memory that hidden states, what backward keeps and gradients of either took: measured."""
         return self.work.peak
 
-    def accumulate(self, examples: Sequence[TrainedTokens], scale: float) -> Loss:
-        """Add d(scale * sum of the targets' -log p) / d(A, B) to the gradients, in one pass over the examples."""
-        loss = self._pass(examples, scale)
+    def accumulate(self, examples: Sequence[TrainedTokens], scale: float, sizes: Sequence[int] = ()) -> Loss:
+        """Add d(scale * sum of the targets' -log p) / d(A, B) to the gradients, in one pass over the examples.
+
+        ``sizes``: of the batches that the examples make (none given: one).
+        """
+        loss = self._pass(examples, scale, sizes or [len(examples)])
         self.seen += len(examples)
         return loss
 
     def evaluate(self, examples: Sequence[TrainedTokens]) -> Loss:
         """The loss, without dropout and gradients."""
-        return self._pass(examples, None)
+        return self._pass(examples, None, [len(examples)])
+
+    def predict(self, examples: Sequence[TrainedTokens], profile: HardwareProfile) -> SweepTiming:
+        """How long ``accumulate`` would take on a machine of these figures: its Steps on the simulator."""
+        batches = cut_batches(counts_of(examples), [len(examples)], self._window)
+        visits = self._visits(len(batches), training=True)
+        return pass_timing(self._size, self._units, self.plan, visits, batches, profile, self._device.compute)
 
     def stats(self) -> dict[str, Any]:
         """What has been moved, in bytes, how long resources were busy, and the peaks."""
@@ -193,22 +206,13 @@ class Trainer:
         self._reader.close()
         self._device.close()
 
-    def _pass(self, examples: Sequence[TrainedTokens], scale: float | None) -> Loss:
+    def _pass(self, examples: Sequence[TrainedTokens], scale: float | None, sizes: Sequence[int]) -> Loss:
         started = time.perf_counter()
-        # What comes after the last target changes nothing; the last target itself is only predicted.
-        counts = [max((at for at, is_target in enumerate(each.trained) if is_target), default=0) for each in examples]
-        batches = cut(counts, self._window)
+        batches = cut_batches(counts_of(examples), sizes, self._window)
         if not batches:
             return Loss(0.0, 0)
         training = scale is not None
-        layers, lowest = self._shape.num_layers, self._lowest
-        if not training:
-            visits = forward_order(layers, len(batches))
-        elif self._order == "riding":
-            visits = riding_order(layers, len(batches), lowest)
-        else:
-            visits = reverse_order(layers, len(batches), lowest)
-        lowered = self._lowerer.lower(visits, batches)
+        lowered = self._lowerer.lower(self._visits(len(batches), training=training), batches)
         self._inputs.begin([batch.tokens for batch in batches], saving=training)
         self.work.begin(batches, examples, self.seen, scale)
         try:
@@ -219,3 +223,9 @@ class Trainer:
         total, tokens = self.work.finish()
         self._seconds += time.perf_counter() - started
         return Loss(total, tokens)
+
+    def _visits(self, batches: int, *, training: bool) -> list[Visit]:
+        layers = self._shape.num_layers
+        if not training:
+            return forward_order(layers, batches)
+        return (riding_order if self._order == "riding" else reverse_order)(layers, batches, self._lowest)

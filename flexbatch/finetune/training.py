@@ -38,8 +38,15 @@ class LossLike(Protocol):
 class TrainerLike(Protocol):
     """What turns examples into gradients."""
 
-    def accumulate(self, examples: Sequence[Example], scale: float) -> LossLike:
-        """Add the gradients of ``scale`` times the sum of the token losses, and return the loss."""
+    @property
+    def whole_steps(self) -> bool:
+        """Whether it wants all batches of a step at once."""
+
+    def accumulate(self, examples: Sequence[Example], scale: float, sizes: Sequence[int] = ()) -> LossLike:
+        """Add the gradients of ``scale`` times the sum of the token losses, and return the loss.
+
+        ``sizes``: of the batches that the examples make (none given: one).
+        """
 
     @property
     def peak_activation_bytes(self) -> int:
@@ -117,9 +124,11 @@ class Training:
             self._parameters.zero()
             targets = sum(self._examples.targets(row) for rows in self._course.batches(step) for row in rows)
             loss = 0.0
-            for rows in self._course.batches(step):
-                loss += trainer.accumulate([self._examples[row] for row in rows], 1.0 / targets).total
-                done += sum(self._examples.length(row) for row in rows)
+            batches = self._course.batches(step)
+            for portion in [batches] if trainer.whole_steps else [[batch] for batch in batches]:
+                examples = [self._examples[row] for rows in portion for row in rows]
+                loss += trainer.accumulate(examples, 1.0 / targets, [len(rows) for rows in portion]).total
+                done += sum(self._examples.length(row) for rows in portion for row in rows)
                 last = self.record.losses[-1] if self.record.losses else loss / targets
                 observe(Progress(self.record.steps, self._course.steps, last, done, total))
             loss /= targets

@@ -275,6 +275,14 @@ class _Blank:
         self.trained = (False,) * (count + 1)
 
 
+def counts_of(examples: Sequence[TrainedTokens]) -> list[int]:
+    """Tokens of every example that a pass reads.
+
+    What comes after the last target changes nothing; the last target itself is only predicted.
+    """
+    return [max((at for at, is_target in enumerate(each.trained) if is_target), default=0) for each in examples]
+
+
 def _normal(handler: Callable[[Step], None]) -> Callable[[Step], None]:
     """The handler outside of inference mode: autograd cannot keep tensors that are made there."""
 

@@ -77,8 +77,11 @@ class TrainingData:
         return replace(self, rows=tuple(rows))
 
 
-def read_training_rows(path: Path) -> TrainingData:
-    """Return the rows of a JSONL file; bad ones have an error. InputError if it cannot be read or holds no row."""
+def read_training_rows(path: Path, option: str = "--data") -> TrainingData:
+    """Return the rows of the JSONL file that ``option`` names; bad ones have an error.
+
+    Raises InputError if it cannot be read or holds no row.
+    """
     digest = hashlib.sha256()
     rows: list[TrainingRow] = []
     try:
@@ -89,11 +92,11 @@ def read_training_rows(path: Path) -> TrainingData:
                 if line.strip():
                     rows.append(_parse_line(line.rstrip(b"\r\n"), number))
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file: give --data a JSONL file") from None
+        raise InputError(f"{path}: no such file: give {option} a JSONL file") from None
     except IsADirectoryError:
-        raise InputError(f"{path}: is a folder: give --data a JSONL file") from None
+        raise InputError(f"{path}: is a folder: give {option} a JSONL file") from None
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}): check --data") from None
+        raise InputError(f"{path}: cannot be read ({error.strerror}): check {option}") from None
     if not rows:
         raise InputError(f"{path}: holds no rows: write one JSON object a line")
     return TrainingData(str(path), digest.hexdigest(), tuple(rows))

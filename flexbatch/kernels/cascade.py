@@ -99,7 +99,11 @@ def merged(first: Tensor, first_log: Tensor, second: Tensor, second_log: Tensor)
 def flash(
     q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool = False, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Torch's fused kernel with the logarithm of the sums: q [1, heads, n, D], k and v [1, kv_heads, L, D]."""
+    """Torch's fused kernel with the logarithm of the sums: q [1, heads, n, D], k and v [1, kv_heads, L, D].
+
+    The kernel reads D as it lies, without a look at its stride: what products gave transposed is copied.
+    """
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     output, log = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, causal, attn_mask=bias, scale=scale
     )

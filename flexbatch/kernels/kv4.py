@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from flexbatch.compression.grids import nearest_codes, searched_range
-from flexbatch.compression.groups import pack_codes
+from flexbatch.compression.grids import nearest_codes
+from flexbatch.compression.groups import LEVELS
 from flexbatch.kernels.attention import AttentionBatch, PageBatch, Span, merge_pages
 from flexbatch.kernels.kv4_basis import Basis
 from flexbatch.kernels.paged import PagedQueries
@@ -28,7 +28,7 @@ BACKENDS: dict[str, str] = {"cuda": "flexbatch.kernels.kv4_triton"}
 """Device type -> the module with its kernels, imported when first used (see ``PackedBackend``)."""
 
 _CUTS = (0.0, 0.05, 0.1)
-_REFINEMENTS = 1
+_TOP = LEVELS - 1
 _TILE_BYTES = KV_TILE_BYTES  # of fp32 numbers packed or unpacked at a time: they stay in cache
 _HEADER = 4  # bytes of a group's scale and minimum
 _LARGEST = 65504.0  # in fp16
@@ -50,26 +50,83 @@ class PackedBackend(Protocol):
     def attend(self, out: Tensor, queries: PagedQueries, layer: Tensor, meeting: Meeting, scale: float) -> None:
         """Write the attention of ``queries`` to their rows of ``out``, values as they are stored."""
 
-    def store(self, layer: Tensor, pages: Tensor, offsets: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Quantize keys and values [T, kv_heads, D], in their basis, into ``layer`` at their pages and offsets."""
+    def store(self, layer: Tensor, pages: Tensor, offsets: Tensor, keys: Tensor, values: Tensor, basis: Basis) -> None:
+        """Quantize keys and values [T, kv_heads, D], in their ``basis``, into ``layer`` at their pages and offsets."""
 
 
-def pack_rows(x: Tensor) -> Tensor:
-    """Quantize [..., D] of any floating type to packed rows uint8 [..., row_bytes].
+def pack_rows(x: Tensor, feedback: Tensor) -> Tensor:
+    """Quantize [T, kv_heads, D] of any floating type to packed rows uint8 [T, kv_heads, row_bytes].
 
-    A number beyond fp16 counts as fp16's largest; a NaN makes its whole group NaN. Scratch memory: a few tiles.
+    ``feedback`` [kv_heads, groups, n / 2, n / 2] as in ``Basis``. A number beyond fp16 counts as fp16's largest; a NaN
+    makes its whole group NaN. Scratch memory: a few tiles.
     """
-    group = kv_group(x.shape[-1])
-    groups = x.reshape(-1, group)
-    rows = torch.empty(groups.shape[0], group // 2 + _HEADER, dtype=torch.uint8, device=x.device)
-    step = max(1, _TILE_BYTES // (4 * group))
-    for start in range(0, groups.shape[0], step):
-        numbers = groups[start : start + step].float().clamp(-_LARGEST, _LARGEST)
-        scales, minimums = searched_range(numbers, torch.ones_like(numbers), torch.float16, _CUTS, _REFINEMENTS)
-        rows[start : start + step, : group // 2] = pack_codes(nearest_codes(numbers, scales, minimums))
-        pair = torch.cat([scales, minimums], 1).to(torch.float16)
-        rows[start : start + step, group // 2 :] = pair.view(torch.uint8)
-    return rows.view(*x.shape[:-1], kv_head_bytes(x.shape[-1]))
+    tokens, heads, dim = x.shape
+    half = kv_group(dim) // 2
+    rows = torch.empty(tokens, heads * dim // (2 * half), half + _HEADER, dtype=torch.uint8, device=x.device)
+    step = max(1, _TILE_BYTES // (4 * heads * dim))
+    for start in range(0, tokens, step):
+        numbers = x[start : start + step].float().clamp(-_LARGEST, _LARGEST)
+        pairs = numbers.reshape(len(numbers), -1, half, 2).permute(3, 1, 0, 2).contiguous()  # [2, groups, n, half]
+        codes, pair = _rounded(pairs[0], pairs[1], feedback.view(-1, half, half))
+        part = rows[start : start + step].transpose(0, 1)
+        part[..., :half] = codes
+        part[..., half:] = pair.view(torch.uint8)
+    return rows.view(tokens, heads, kv_head_bytes(dim))
+
+
+def _rounded(even: Tensor, odd: Tensor, feedback: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes uint8 [groups, n, half], then scale and minimum fp16 [groups, n, 2], of fp32 channels [groups, n, half].
+
+    The range is cut at both ends by every pair of ``_CUTS``; then the least-squares line through (code, number) of the
+    best pair is tried. Numbers of the odd channels are those with what the errors of the even ones ask for.
+    """
+    lowest = torch.minimum(even.amin(-1, keepdim=True), odd.amin(-1, keepdim=True))
+    width = torch.maximum(even.amax(-1, keepdim=True), odd.amax(-1, keepdim=True)) - lowest
+    best = torch.full_like(lowest, torch.inf)
+    scales, minimums = best.clone(), best.clone()  # unless one fits
+    candidates = [(low, high) for low in _CUTS for high in _CUTS]
+    for turn in range(len(candidates) + 1):
+        if turn < len(candidates):
+            low, high = candidates[turn]
+            scale = (width * ((1 - low - high) / _TOP)).half().float()
+            minimum = (lowest + width * low).half().float()
+        else:
+            scale, minimum = _line(even, *_coded(even, odd, feedback, scales, minimums))
+        low_codes, high_codes, target = _coded(even, odd, feedback, scale, minimum)
+        wrong = (low_codes * scale + minimum).sub_(even).square_()
+        wrong += (high_codes * scale + minimum).sub_(target).square_()
+        error = wrong.sum(-1, keepdim=True)
+        better = error < best
+        best = torch.where(better, error, best)
+        scales = torch.where(better, scale, scales)
+        minimums = torch.where(better, minimum, minimums)
+    low_codes, high_codes, _ = _coded(even, odd, feedback, scales, minimums)
+    codes = low_codes.to(torch.uint8).bitwise_or_(high_codes.to(torch.uint8).bitwise_left_shift_(4))
+    return codes, torch.cat([scales, minimums], -1).half()
+
+
+def _coded(
+    even: Tensor, odd: Tensor, feedback: Tensor, scales: Tensor, minimums: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes of the even channels and of the odd ones, and the numbers that the latter stand for."""
+    low = nearest_codes(even, scales, minimums)
+    target = torch.baddbmm(odd, (low * scales + minimums).sub_(even), feedback)
+    return low, nearest_codes(target, scales, minimums), target
+
+
+def _line(even: Tensor, low: Tensor, high: Tensor, odd: Tensor) -> tuple[Tensor, Tensor]:
+    """The least-squares scale and minimum for given codes; a constant where all codes are the same."""
+    count = 2 * low.shape[-1]
+    codes = (low + high).sum(-1, keepdim=True)
+    squares = (low.square() + high.square()).sum(-1, keepdim=True)
+    ours = (even + odd).sum(-1, keepdim=True)
+    cross = (low * even + high * odd).sum(-1, keepdim=True)
+    spread = count * squares - codes * codes
+    flat = spread <= 1e-6 * count * squares
+    spread = torch.where(flat, torch.ones_like(spread), spread)
+    scale = torch.where(flat, torch.zeros_like(spread), (count * cross - codes * ours) / spread)
+    minimum = torch.where(flat, ours / count, (ours * squares - codes * cross) / spread)
+    return scale.half().float(), minimum.half().float()
 
 
 def unpack_rows(rows: Tensor, head_dim: int) -> Tensor:
@@ -98,13 +155,13 @@ def store_packed(
     keys = basis.stored_keys(k, positions, turns)
     values = basis.stored_values(v, positions)
     if k.device.type in BACKENDS:
-        _backend(k.device.type).store(layer, pages, offsets, keys, values)
+        _backend(k.device.type).store(layer, pages, offsets, keys, values, basis)
         return
     fresh = pages[offsets == 0]
     if fresh.numel():
         layer.index_fill_(0, fresh, 0)
-    layer[pages, :, 0, offsets] = pack_rows(keys)
-    layer[pages, :, 1, offsets] = pack_rows(values)
+    layer[pages, :, 0, offsets] = pack_rows(keys, basis.key_feedback)
+    layer[pages, :, 1, offsets] = pack_rows(values, basis.value_feedback)
 
 
 def attend_packed(
@@ -123,7 +180,7 @@ def attend_packed(
         meeting = Meeting(basis.meeting(q), None if turns is None else basis.meeting_means(q), turns, basis)
         for part in batch.paged:
             kernels.attend(out, part, layer, meeting, scale)
-        return out @ basis.values.t().to(q.dtype)
+        return basis.attended(out)
     out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
     wide = q.float()
     queries = basis.meeting(wide)
@@ -134,7 +191,7 @@ def attend_packed(
     for span in batch.spans:
         own = slice(span.row, span.row + span.count)
         _attend_chunk(out[own], span, layer, queries[own], scale, batch.window, basis, turns)
-    return (out @ basis.values.t()).to(q.dtype)
+    return basis.attended(out).to(q.dtype)
 
 
 def _attend_chunk(

@@ -14,12 +14,13 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from flexbatch.kernels.kv4 import Meeting
+from flexbatch.kernels.kv4_basis import Basis
 from flexbatch.kernels.paged import PagedQueries
 from flexbatch.kernels.paged_triton import Tile, merge_partitions, tile_for
 from flexbatch.policy.footprint import kv_group
 
 _LOG2_E = 1.4426950408889634
-_STORE_ROWS = 16  # groups that one program quantizes
+_STORE_ROWS = 16  # tokens of which one program quantizes a group
 
 
 def attend(
@@ -77,7 +78,7 @@ def attend(
         merge_partitions(out, queries, partial, highest, total)
 
 
-def store(layer: Tensor, pages: Tensor, offsets: Tensor, keys: Tensor, values: Tensor) -> None:
+def store(layer: Tensor, pages: Tensor, offsets: Tensor, keys: Tensor, values: Tensor, basis: Basis) -> None:
     """Quantize keys and values [T, kv_heads, D] into ``layer`` at their pages and offsets (int64 [T]); see ``kv4``.
 
     Numbers are those of ``kv4.pack_rows`` but for ties between codes, which rounding decides.
@@ -87,22 +88,22 @@ def store(layer: Tensor, pages: Tensor, offsets: Tensor, keys: Tensor, values: T
     assert layer[0].is_contiguous()
     half = kv_group(dim) // 2
     groups = dim // kv_group(dim)
-    grid = (triton.cdiv(tokens * kv_heads * groups, _STORE_ROWS),)
-    for place, x in enumerate((keys, values)):
+    grid = (triton.cdiv(tokens, _STORE_ROWS), kv_heads * groups)
+    for place, (x, feedback) in enumerate(((keys, basis.key_feedback), (values, basis.value_feedback))):
         x = x if x.stride(2) == 1 else x.contiguous()
         _store_kernel[grid](
             layer,
             x,
+            feedback,
             pages,
             offsets,
-            tokens * kv_heads * groups,
+            tokens,
             layer.stride(0),
             x.stride(0),
             x.stride(1),
-            KV_HEADS=kv_heads,
             GROUPS=groups,
             HALF=half,
-            WIDTH=triton.next_power_of_2(half),
+            WIDTH=max(16, triton.next_power_of_2(half)),
             PAGE=size,
             ROW=row,
             PLACE=place,
@@ -310,24 +311,36 @@ def _codes(x: tl.tensor, scale: tl.tensor, minimum: tl.tensor) -> tl.tensor:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _error(even: tl.tensor, odd: tl.tensor, inner: tl.tensor, scale: tl.tensor, minimum: tl.tensor) -> tl.tensor:
-    """The squared error of each row on its grid."""
-    first = _codes(even, scale, minimum) * scale + minimum - even
-    second = _codes(odd, scale, minimum) * scale + minimum - odd
-    return tl.sum(tl.where(inner, first * first + second * second, 0.0), 1)[:, None]
+def _fed_back(
+    even: tl.tensor, odd: tl.tensor, inner: tl.tensor, scale: tl.tensor, minimum: tl.tensor, feedback: tl.tensor
+) -> tl.tensor:
+    """The odd channels with what the errors of the even ones ask for."""
+    error = tl.where(inner, _codes(even, scale, minimum) * scale + minimum - even, 0.0)
+    return odd + tl.dot(error, feedback, input_precision="ieee")
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _error(
+    even: tl.tensor, odd: tl.tensor, inner: tl.tensor, scale: tl.tensor, minimum: tl.tensor, feedback: tl.tensor
+) -> tl.tensor:
+    """The squared error of each row on its grid."""
+    target = _fed_back(even, odd, inner, scale, minimum, feedback)
+    first = _codes(even, scale, minimum) * scale + minimum - even
+    second = _codes(target, scale, minimum) * scale + minimum - target
+    return tl.sum(tl.where(inner, first * first + second * second, 0.0), 1)[:, None]
+
+
+@triton.jit(do_not_specialize=["tokens"])  # type: ignore[untyped-decorator]
 def _store_kernel(
     layer: tl.tensor,
     x: tl.tensor,
+    feedbacks: tl.tensor,
     pages: tl.tensor,
     offsets: tl.tensor,
-    number: tl.tensor,
+    tokens: tl.tensor,
     page_stride: tl.tensor,
     x_token: tl.tensor,
     x_head: tl.tensor,
-    KV_HEADS: tl.constexpr,
     GROUPS: tl.constexpr,
     HALF: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -336,14 +349,15 @@ def _store_kernel(
     PLACE: tl.constexpr,
     ROWS: tl.constexpr,
 ) -> None:
-    index = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    real = index < number
-    group = index % GROUPS
-    head = index // GROUPS % KV_HEADS
-    token = (index // (GROUPS * KV_HEADS)).to(tl.int64)
+    token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    real = token < tokens
+    group = tl.program_id(1) % GROUPS
+    head = tl.program_id(1) // GROUPS
     pair = tl.arange(0, WIDTH)
     inner = (pair < HALF)[None, :]
     wanted = real[:, None] & inner
+    place = tl.program_id(1) * (HALF * HALF) + pair[:, None] * HALF + pair[None, :]
+    feedback = tl.load(feedbacks + place, mask=(pair < HALF)[:, None] & inner, other=0.0)
     source = x + (token * x_token + head * x_head + group * (2 * HALF))[:, None] + 2 * pair[None, :]
     even = tl.load(source, mask=wanted, other=0.0).to(tl.float32)
     odd = tl.load(source + 1, mask=wanted, other=0.0).to(tl.float32)
@@ -360,7 +374,7 @@ def _store_kernel(
     for turn in tl.static_range(9):
         scale = (width * ((1.0 - 0.05 * (turn // 3) - 0.05 * (turn % 3)) / 15.0)).to(tl.float16).to(tl.float32)
         minimum = (lowest + width * (0.05 * (turn // 3))).to(tl.float16).to(tl.float32)
-        error = _error(even, odd, inner, scale, minimum)
+        error = _error(even, odd, inner, scale, minimum, feedback)
         better = error < best
         best = tl.where(better, error, best)
         scales = tl.where(better, scale, scales)
@@ -368,11 +382,12 @@ def _store_kernel(
 
     # The least-squares line through (code, number) of the best.
     first = tl.where(inner, _codes(even, scales, minimums), 0.0)
-    second = tl.where(inner, _codes(odd, scales, minimums), 0.0)
+    target = _fed_back(even, odd, inner, scales, minimums, feedback)
+    second = tl.where(inner, _codes(target, scales, minimums), 0.0)
     codes = tl.sum(first + second, 1)[:, None]
     squares = tl.sum(first * first + second * second, 1)[:, None]
-    ours = tl.sum(tl.where(inner, even + odd, 0.0), 1)[:, None]
-    cross = tl.sum(tl.where(inner, first * even + second * odd, 0.0), 1)[:, None]
+    ours = tl.sum(tl.where(inner, even + target, 0.0), 1)[:, None]
+    cross = tl.sum(tl.where(inner, first * even + second * target, 0.0), 1)[:, None]
     count = 2.0 * HALF
     spread = count * squares - codes * codes
     flat = spread <= 1e-6 * count * squares
@@ -381,13 +396,14 @@ def _store_kernel(
     minimum = tl.where(flat, ours / count, (ours * squares - codes * cross) / spread)
     scale = scale.to(tl.float16).to(tl.float32)
     minimum = minimum.to(tl.float16).to(tl.float32)
-    better = _error(even, odd, inner, scale, minimum) < best
+    better = _error(even, odd, inner, scale, minimum, feedback) < best
     scales = tl.where(better, scale, scales)
     minimums = tl.where(better, minimum, minimums)
 
     page = tl.load(pages + token, mask=real, other=0).to(tl.int64)
     offset = tl.load(offsets + token, mask=real, other=0)
     row = layer + page * page_stride + ((head * 2 + PLACE) * PAGE + offset) * ROW + group * (HALF + 4)
+    odd = _fed_back(even, odd, inner, scales, minimums, feedback)
     low = _codes(even, scales, minimums).to(tl.uint8)
     high = _codes(odd, scales, minimums).to(tl.uint8)
     tl.store(row[:, None] + pair[None, :], low | (high << 4), mask=wanted)

@@ -11,7 +11,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from flexbatch.compression.groups import Packed, dequantize, groups_of
+from flexbatch.compression.groups import MIDDLE, Packed, dequantize, groups_of
 
 TILE_BYTES = 4 << 20
 """Bytes of an unpacked fp32 tile: it stays in cache, and is large enough for products to run at their best rate."""
@@ -59,10 +59,11 @@ def _fused(weight: Packed) -> Tensor:
     numbers[..., 0] = weight.scales if direct else 1
     numbers[..., 1] = weight.minimums if direct and weight.minimums is not None else 0
     tile: Tensor = torch.ops.quantized.embedding_bag_4bit_unpack(table.view(rows * groups, half + 4))
-    if weight.zeros is not None:
-        scales, zeros = weight.scales.float().reshape(-1, 1), weight.zeros.float().reshape(-1, 1)
+    if weight.minimums is None:
+        scales = weight.scales.float().reshape(-1, 1)
+        zeros = MIDDLE if weight.zeros is None else weight.zeros.float().reshape(-1, 1)
         tile = tile.sub_(zeros * scales) if direct else tile.sub_(zeros).mul_(scales)
-    elif weight.minimums is not None and not direct:
+    elif not direct:
         tile.mul_(weight.scales.float().reshape(-1, 1)).add_(weight.minimums.float().reshape(-1, 1))
     return tile.view(rows, groups * weight.group)[:, :in_features]
 

@@ -16,7 +16,7 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
-from flexbatch.compression.groups import Packed, groups_of
+from flexbatch.compression.groups import MIDDLE, Packed, groups_of
 
 _FEW_ROWS = 16
 _PROGRAMS = 512  # how many are wanted at least, where rows are few and only memory counts
@@ -56,8 +56,6 @@ def packed_product(x: Tensor, weight: Packed, tile: Tile | None = None) -> Tenso
     groups = groups_of(in_features, weight.group)
     kind = torch.float32 if tile.splits > 1 else x.dtype
     out = torch.empty(tile.splits, rows, out_features, dtype=kind, device=x.device)
-    offsets = weight.zeros if weight.minimums is None else weight.minimums
-    assert offsets is not None
     assert all(part.is_contiguous() for part in weight.tensors().values())
     grid = (triton.cdiv(out_features, tile.outputs), triton.cdiv(rows, tile.rows), tile.splits)
     _product_kernel[grid](
@@ -65,7 +63,7 @@ def packed_product(x: Tensor, weight: Packed, tile: Tile | None = None) -> Tenso
         x,
         weight.codes,
         weight.scales,
-        offsets,
+        next((part for part in (weight.minimums, weight.zeros) if part is not None), weight.scales),
         rows,
         out_features,
         x.stride(0),
@@ -73,7 +71,8 @@ def packed_product(x: Tensor, weight: Packed, tile: Tile | None = None) -> Tenso
         GROUP=weight.group,
         GROUPS=groups,
         PER_SPLIT=triton.cdiv(groups, tile.splits),
-        INTEGER_ZEROS=weight.zeros is not None,
+        INTEGER_ZEROS=weight.minimums is None,
+        MIDDLE=MIDDLE if weight.offset == "middle" else 0,
         ROWS=tile.rows,
         OUTPUTS=tile.outputs,
         num_warps=tile.warps,
@@ -98,6 +97,7 @@ def _product_kernel(
     GROUPS: tl.constexpr,
     PER_SPLIT: tl.constexpr,
     INTEGER_ZEROS: tl.constexpr,
+    MIDDLE: tl.constexpr,
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
 ) -> None:
@@ -117,7 +117,10 @@ def _product_kernel(
             codes + output[None, :] * BYTES + place[:, None], mask=known[:, None] & real_output[None, :], other=0
         )
         scale = tl.load(scales + output * GROUPS + group, mask=real_output, other=0.0).to(tl.float32)
-        offset = tl.load(offsets + output * GROUPS + group, mask=real_output, other=0).to(tl.float32)
+        if MIDDLE > 0:  # the zero of every group
+            offset = tl.full([OUTPUTS], MIDDLE, tl.float32)
+        else:
+            offset = tl.load(offsets + output * GROUPS + group, mask=real_output, other=0).to(tl.float32)
         low = (byte & 15).to(tl.float32)
         high = (byte >> 4).to(tl.float32)
         if INTEGER_ZEROS:

@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -18,9 +18,8 @@ import torch
 
 from flexbatch.checkpoint.four_bits import in_four_bits, open_weights
 from flexbatch.checkpoint.locate import ModelFolder
-from flexbatch.errors import UsageError
+from flexbatch.errors import DoesNotFitError, UsageError
 from flexbatch.kernels.rotary import RotaryTable
-from flexbatch.kernels.sampling import NO_TOKEN
 from flexbatch.memory.direct import DirectReader
 from flexbatch.memory.kv import KVMemory, PageShape
 from flexbatch.memory.spill import SpillFile
@@ -32,55 +31,32 @@ from flexbatch.policy.plan import Plan
 from flexbatch.policy.search import choose
 from flexbatch.policy.weights import WeightPlacement
 from flexbatch.policy.workload import Workload
-from flexbatch.requests import FinishReason, Result, RowError, TokenizedRequest, TokenLogprobs
+from flexbatch.requests import Result, RowError, TokenizedRequest
 from flexbatch.runtime.adapter_store import AdapterStore
 from flexbatch.runtime.adapters import AdapterRun, Adapters, adapter_error
 from flexbatch.runtime.allocator import keep_freed_blocks
+from flexbatch.runtime.answers import Answers
 from flexbatch.runtime.hardware import peak_rss, product_rate
 from flexbatch.runtime.hidden import HiddenMoves
-from flexbatch.runtime.micro_batch import Readout
 from flexbatch.runtime.packed_kv import PackedKV
 from flexbatch.runtime.passenger import Loaded, Passenger
 from flexbatch.runtime.profile_cache import machine_profile
+from flexbatch.runtime.run_progress import RunProgress
 from flexbatch.runtime.setup import allocate_kv, disk_folder, machine_for, open_device
 from flexbatch.runtime.sweep_runner import SweepRunner
 from flexbatch.runtime.trace import Trace
 from flexbatch.runtime.weight_store import Progress, WeightStore, unit_sizes, units_of
 from flexbatch.scheduler.lowering import Routes
 from flexbatch.scheduler.pages import PageAllocator
-from flexbatch.scheduler.prefix_cache import PrefixCache, PrefixCounts
+from flexbatch.scheduler.prefix_cache import PrefixCache
 from flexbatch.scheduler.scheduler import Scheduler
 from flexbatch.scheduler.sequence import Sequence
 from flexbatch.scheduler.steps import Step
-from flexbatch.scheduler.sweep import Slice, Sweep
 from flexbatch.shapes import ModelShape
 from flexbatch.text.codec import TextCodec
-from flexbatch.text.stops import TextStream
-from flexbatch.units import MIB
+from flexbatch.units import MIB, format_size
 
 _KEPT = 256 * MIB  # freed memory that a process may keep for its next product
-
-
-@dataclass(slots=True)
-class RunProgress:
-    """How far a run is; token counts are those of finished and running rows.
-
-    ``computed_tokens`` of prompts are computed; others are shared with rows that have computed them.
-    """
-
-    rows_done: int = 0
-    rows_failed: int = 0
-    computed_tokens: int = 0
-    completion_tokens: int = 0
-    linear_flops: int = 0
-    attention_flops: int = 0
-    preemptions: int = 0
-    prefixes: PrefixCounts = field(default_factory=PrefixCounts)
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens of prompts, computed or shared."""
-        return self.computed_tokens + self.prefixes.tokens
 
 
 class Engine:
@@ -119,10 +95,9 @@ class Engine:
         units = units_of(table, checkpoint, folder.shape.vocab_size)
         self._units = unit_sizes(units)
         self._machine = machine_for(options, self._device, folder.native_dtype or folder.shape.stored_dtype)
+        self._whole_machine, self._stale = self._machine, False
         if passenger is not None:
-            taken = passenger.working_bytes(self._machine.dtype)
-            room = self._machine.budget(self._machine.compute) - taken
-            self._machine = self._machine.with_budget(self._machine.compute, max(0, room))
+            self._machine = passenger.reserve(self._machine)
         self._profile = machine_profile(
             self._device,
             disk_folder(options),
@@ -159,8 +134,7 @@ class Engine:
         rope = folder.shape.rope
         self._rotary = None if rope is None else RotaryTable(rope, self._device.torch_device)
         if passenger is not None:
-            dtype: torch.dtype = getattr(torch, self.plan.dtype)
-            passenger.join(Loaded(self._shape, self._family, self._weights, self._device, dtype, self._routes()))
+            passenger.join(self._loaded())
         self._packing: PackedKV | None = None
         self._kv: KVMemory | None = None
         self._spill: SpillFile | None = None
@@ -203,11 +177,12 @@ class Engine:
             prefixes = PrefixCache(pages, self.plan.page_tokens, self._progress.prefixes)
         cache = adapters.cache if adapters is not None else None
         scheduler = Scheduler(self.plan, pages, adapters=cache, prefixes=prefixes)
-        yield from self._queue(scheduler, requests, adapters)
+        answers = Answers(self._shape.eos_token_ids, self._codec, self._progress)
+        yield from self._queue(scheduler, answers, requests, adapters)
         runner, store = self._runner(adapters)
         try:
             self._find_bases(runner)
-            yield from self._sweeps(scheduler, runner, store)
+            yield from self._sweeps(scheduler, runner, answers, store)
         except BaseException as error:
             self._adapters.forget()
             if self._passenger is not None:
@@ -215,6 +190,8 @@ class Engine:
             raise
         finally:
             runner.close()
+            page_bytes = self._page_shape(self.plan).nbytes * self._shape.num_layers
+            self._progress.count_pages({tier: pool.peak for tier, pool in pages.items()}, page_bytes)
         if self._passenger is not None:
             self._passenger.leave(None)
         if adapters is not None:
@@ -222,9 +199,10 @@ class Engine:
         for pool in pages.values():
             pool.check_idle()
 
-    def _sweeps(self, scheduler: Scheduler, runner: SweepRunner, store: AdapterStore | None) -> Iterator[Result]:
+    def _sweeps(
+        self, scheduler: Scheduler, runner: SweepRunner, answers: Answers, store: AdapterStore | None
+    ) -> Iterator[Result]:
         """Sweep until nothing is left, and yield the rows that each sweep finishes."""
-        streams: dict[int, TextStream] = {}
         while True:
             started = time.perf_counter()
             sweep = scheduler.next_sweep()
@@ -232,20 +210,41 @@ class Engine:
                 return
             read = runner.run(sweep, more=scheduler.continues)
             scheduler.computed(sweep)
-            self._count(sweep, read)
-            lost = [] if store is None else self._lost(scheduler, store)
+            self._progress.count(self._size, sweep, read)
+            lost = [] if store is None else self._lost(scheduler, answers, store)
             finished = [
                 piece.sequence
                 for piece, readout in read
-                if piece.sequence.finish_reason is None and self._advance(scheduler, piece, readout, streams)
+                if piece.sequence.finish_reason is None and answers.advance(scheduler, piece, readout)
             ]
             for sequence in finished:
                 scheduler.retire(sequence)
             self._progress.preemptions = scheduler.preemptions
-            results = [self._result(sequence, streams) for sequence in finished]
+            results = [answers.result(sequence) for sequence in finished]
             self._sweep_s.append(time.perf_counter() - started)
             yield from results
             yield from lost
+
+    def carry(self, passenger: Passenger | None) -> None:
+        """Take a passenger along from now on, or none any more; the KV cache makes room for it.
+
+        Raises DoesNotFitError if that is not enough.
+        """
+        whole = self._whole_machine
+        machine = whole if passenger is None else passenger.reserve(whole)
+        own, left = self.plan.memory[machine.compute].weights, machine.budget(machine.compute)
+        if own > left:
+            raise DoesNotFitError(
+                f"beside {format_size(own)} of weights the {machine.compute} tier has no room for training: it lacks "
+                f"{format_size(own - left)}: raise --{machine.compute}-memory",
+                tier=machine.compute,
+                missing=own - left,
+                remedy=f"--{machine.compute}-memory",
+            )
+        self._drop_kv()
+        self._machine, self._passenger, self._stale = machine, passenger, True
+        if passenger is not None:
+            passenger.join(self._loaded())
 
     def put_adapter(self, name: str, folder: Path) -> None:
         """Let rows of later runs name the adapter in ``folder``; one of that name before is forgotten."""
@@ -283,6 +282,7 @@ class Engine:
                 "cpu": peak_rss(),
                 "disk": self._spill.nbytes if self._spill is not None else 0,
             },
+            "peak_kv_bytes": dict(done.peak_kv_bytes),
             "moved_bytes": {
                 "h2d": self._device.moved["h2d"],
                 "d2h": self._device.moved["d2h"],
@@ -300,6 +300,16 @@ class Engine:
     def write_trace(self, path: Path) -> None:
         """Write the Chrome trace of all sweeps so far."""
         self._trace.write(path)
+
+    @property
+    def weight_bits(self) -> int:
+        """Those of the weights that are loaded."""
+        return self.plan.weight_bits
+
+    def _loaded(self) -> Loaded:
+        dtype: torch.dtype = getattr(torch, self.plan.dtype)
+        model = (self._shape, self._family, self._weights, self._device, dtype)
+        return Loaded(*model, self._routes(), self.plan, self._profile)
 
     # --- parts of a run ----------------------------------------------------------------------------------------
 
@@ -330,9 +340,9 @@ class Engine:
 
     def _replan(self, workload: Workload) -> None:
         """Plan for these rows; the weights stay where they are."""
-        if workload == self._workload:
+        if workload == self._workload and not self._stale:
             return
-        self._workload = workload
+        self._workload, self._stale = workload, False
         plan, _ = self._place(workload)
         kept = ("weights", "weights_dtype", "host_ring", "gpu_ring")
         plan = replace(plan, **{name: getattr(self.plan, name) for name in kept})
@@ -397,18 +407,22 @@ class Engine:
         self._packing.settle()
         self._load_s += time.perf_counter() - started
 
-    def _lost(self, scheduler: Scheduler, store: AdapterStore) -> list[Result]:
+    def _lost(self, scheduler: Scheduler, answers: Answers, store: AdapterStore) -> list[Result]:
         """The rows of adapters that could not be read during the run."""
         results = []
         while store.failures:
             name, error = store.failures.popitem()
             for sequence in scheduler.drop(name):
                 sequence.finish_reason = "error"
-                results.append(self._failed(sequence.source, adapter_error(error)))
+                results.append(answers.failed(sequence.source, adapter_error(error)))
         return results
 
     def _queue(
-        self, scheduler: Scheduler, requests: SequenceOf[TokenizedRequest], adapters: AdapterRun | None
+        self,
+        scheduler: Scheduler,
+        answers: Answers,
+        requests: SequenceOf[TokenizedRequest],
+        adapters: AdapterRun | None,
     ) -> Iterator[Result]:
         """Queue what has to be computed; yield at once what has not: rows that ask for nothing, or that cannot fit."""
         waiting = [Sequence.of(request, self._shape.max_positions) for request in requests]
@@ -418,14 +432,14 @@ class Engine:
         for sequence in waiting:
             refused = self._adapters.refusal(sequence.adapter, adapters)
             if refused is not None:
-                yield self._failed(sequence.source, refused)
+                yield answers.failed(sequence.source, refused)
             elif not sequence.wants_tokens and not (sequence.scores_prompt and sequence.prompt_len > 1):
                 sequence.finish_reason = "length"
-                yield self._result(sequence, {})
+                yield answers.result(sequence)
             elif not scheduler.fits(sequence):
                 tier = max(self.plan.kv_pages, key=lambda name: self.plan.kv_pages[name])
                 room = self.plan.kv_pages[tier] * self.plan.page_tokens
-                yield self._failed(
+                yield answers.failed(
                     sequence.source,
                     RowError(
                         "does_not_fit",
@@ -438,94 +452,6 @@ class Engine:
         started = time.perf_counter()
         scheduler.add(accepted)
         self._order_s += time.perf_counter() - started
-
-    def _count(self, sweep: Sweep, read: SequenceOf[tuple[Slice, Readout]]) -> None:
-        rows = 0
-        pairs = 0
-        for piece, readout in read:
-            rows += (readout.token is not None) + len(readout.prompt_values)
-            pairs += piece.count * piece.start + piece.count * (piece.count + 1) // 2
-            self._progress.computed_tokens += max(0, min(piece.stop, piece.sequence.prompt_len) - piece.start)
-            self._progress.completion_tokens += readout.token is not None
-        self._progress.linear_flops += self._size.linear_flops(sweep.tokens, rows)
-        self._progress.attention_flops += self._size.attention_flops(pairs)
-
-    def _advance(self, scheduler: Scheduler, piece: Slice, readout: Readout, streams: dict[int, TextStream]) -> bool:
-        """Give a sequence what was read off for it; True if that finishes it."""
-        sequence = piece.sequence
-        if readout.prompt_values:
-            scheduler.scored(piece, readout.prompt_values, readout.prompt_top, readout.prompt_branches)
-        if readout.token is None:
-            # A prompt cut over several micro-batches is scored when its last slice is.
-            if not sequence.wants_tokens and sequence.pending == 0 and piece.stop == sequence.computed:
-                sequence.finish_reason = "length"
-            return sequence.finish_reason is not None
-        if readout.token == NO_TOKEN:
-            sequence.finish_reason = "error"
-            return True
-        sequence.tokens.append(readout.token)
-        sequence.logprobs.values.append(readout.logprob)
-        sequence.logprobs.top.append(readout.top)
-        sequence.finish_reason = self._ending(sequence, readout.token, streams)
-        return sequence.finish_reason is not None
-
-    def _ending(self, sequence: Sequence, token: int, streams: dict[int, TextStream]) -> FinishReason | None:
-        params = sequence.source.request.params
-        if (token in self._shape.eos_token_ids and not params.ignore_eos) or token in params.stop_token_ids:
-            return "stop"
-        if params.stop and self._codec is not None:
-            stream = streams.setdefault(sequence.source.index, TextStream(self._codec, params.stop))
-            if stream.append(token):
-                return "stop"
-        return "length" if len(sequence.tokens) >= sequence.limit else None
-
-    def _result(self, sequence: Sequence, streams: dict[int, TextStream]) -> Result:
-        generated = sequence.generated
-        stream = streams.pop(sequence.source.index, None)
-        if sequence.finish_reason == "error":
-            message = "the model's logits are not finite (NaN or infinity): try --dtype float32"
-            return self._failed(sequence.source, RowError("not_finite", message))
-        if stream is not None:
-            text = stream.text
-        else:
-            text = self._codec.decode(generated) if self._codec is not None else ""
-        self._progress.rows_done += 1
-        assert sequence.finish_reason is not None
-        return Result(
-            id=sequence.source.request.id,
-            text=text,
-            token_ids=tuple(generated),
-            finish_reason=sequence.finish_reason,
-            prompt_tokens=sequence.prompt_len,
-            completion_tokens=len(generated),
-            logprobs=self._logprobs(sequence),
-            lora=sequence.source.request.lora,
-        )
-
-    def _logprobs(self, sequence: Sequence) -> TokenLogprobs | None:
-        if sequence.source.request.params.logprobs is None:
-            return None
-        own = sequence.logprobs
-        if not sequence.scores_prompt:
-            return TokenLogprobs(tuple(sequence.generated), tuple(own.values), tuple(own.top))
-        prompt = sequence.prompt_logprobs
-        skipped = max(1, sequence.source.score_from)
-        values = (*(None,) * skipped, *prompt.values, *own.values)
-        return TokenLogprobs(tuple(sequence.tokens), values, (*({},) * skipped, *prompt.top, *own.top))
-
-    def _failed(self, request: TokenizedRequest, error: RowError) -> Result:
-        self._progress.rows_done += 1
-        self._progress.rows_failed += 1
-        return Result(
-            id=request.request.id,
-            text="",
-            token_ids=(),
-            finish_reason="error",
-            prompt_tokens=len(request.token_ids),
-            completion_tokens=0,
-            lora=request.request.lora,
-            error=error,
-        )
 
 
 def _pool_of(plan: Plan) -> tuple[dict[str, int], int, int]:

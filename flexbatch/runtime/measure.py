@@ -20,7 +20,16 @@ from flexbatch.runtime.allocator import keep_freed_blocks
 from flexbatch.runtime.device import Device
 from flexbatch.runtime.hardware import default_cpu_budget, machine_name, tier_capacities
 from flexbatch.runtime.probes import Probe, Sizes, copies, disk
-from flexbatch.runtime.processor_probes import Bench, attention, packed_attention, products, steps, widening
+from flexbatch.runtime.processor_probes import (
+    Bench,
+    attention,
+    elementwise,
+    packed_attention,
+    products,
+    short_attention,
+    steps,
+    widening,
+)
 from flexbatch.runtime.steady import Clock, Estimate, Patience, steady
 from flexbatch.units import GIB, MIB
 
@@ -146,9 +155,13 @@ def _processor(bench: Bench, own: str, types: Collection[str], effort: Effort) -
         products(bench, getattr(torch, name), effort.rows if name in (own, "float32") else effort.other_rows)
         for name in order
     ]
+    if bench.tier == "cpu":
+        probes.append(products(bench, torch.float32, effort.rows, loose=True))
     probes += [widening(bench, stored) for stored in (torch.float16, torch.bfloat16, None)]
+    probes.append(elementwise(bench, getattr(torch, own)))
     probes.append(attention(bench, getattr(torch, own)))
     probes.append(packed_attention(bench, getattr(torch, own)))
+    probes.append(short_attention(bench, getattr(torch, own)))
     probes.append(steps(bench, getattr(torch, own)))
     return probes
 
@@ -184,18 +197,24 @@ def _quality(estimates: Sequence[Estimate]) -> str:
 def _assemble(tier: str, found: Mapping[str, Estimate]) -> Processor:
     curves: dict[str, list[tuple[int, float]]] = defaultdict(list)
     widened: dict[str, float] = {}
+    loose: list[tuple[int, float]] = []
     for name, estimate in found.items():
         where, kind, *rest = name.split(".")
         if where == tier and kind == "products":
             curves[rest[0]].append((int(rest[1]), estimate.value))
         elif where == tier and kind == "widened":
             widened[rest[0]] = estimate.value
+        elif where == tier and kind == "loose":
+            loose.append((int(rest[0]), estimate.value))
     return Processor(
         products={dtype: Curve(tuple(points)) for dtype, points in curves.items()},
         widened=widened,
         attention_bytes=found[f"{tier}.attention_bytes"].value,
         attention_flops=found[f"{tier}.attention_flops"].value,
+        loose=Curve(tuple(loose)) if loose else None,
         step_s=1 / found[f"{tier}.step_s"].value,
+        attend_s=1 / found[f"{tier}.attend_s"].value,
+        elementwise=found[f"{tier}.elementwise"].value,
         packed_attention=found[f"{tier}.packed_attention"].value,
         packing=found[f"{tier}.packing"].value,
     )
@@ -204,4 +223,4 @@ def _assemble(tier: str, found: Mapping[str, Estimate]) -> Processor:
 def _curve(name: str) -> str:
     """The dotted name of the figure in the profile: points of one curve share theirs."""
     parts = name.split(".")
-    return ".".join(parts[:3]) if parts[1] == "products" else name
+    return ".".join(parts[:3] if parts[1] == "products" else parts[:2] if parts[1] == "loose" else parts)

@@ -13,9 +13,12 @@ from torch import Tensor
 
 from flexbatch.kernels.attention import AttentionBatch, Span, attend_chunk
 from flexbatch.kernels.kv4 import attend_packed, store_packed
-from flexbatch.kernels.kv4_basis import Basis, BasisFinder
+from flexbatch.kernels.kv4_basis import Basis
+from flexbatch.kernels.kv4_finder import BasisFinder
+from flexbatch.kernels.linear import linear_backward
 from flexbatch.kernels.rotary import RotaryTable
-from flexbatch.policy.footprint import CALIBRATION_SEQUENCES, CALIBRATION_TOKENS
+from flexbatch.memory.weights import Operand
+from flexbatch.policy.footprint import CALIBRATION_DIRECTIONS, CALIBRATION_SEQUENCES, CALIBRATION_TOKENS
 from flexbatch.requests import Request, TokenizedRequest
 from flexbatch.runtime.micro_batch import MicroBatchState
 from flexbatch.sampling import SamplingParams
@@ -71,11 +74,12 @@ class PackedKV:
         self._sequences = len(batches)
         return Sweep(0, tuple(batches))
 
-    def observe(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """Note what ``layer`` makes of one whole sequence, and attend without any cache."""
+    def observe(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, output: Operand) -> Tensor:
+        """Note what ``layer`` makes of one whole sequence, and attend without any cache; ``output`` is its matrix."""
         finder = self._finders.setdefault(layer, BasisFinder())
         if finder.add(q, k, v) == self._sequences:  # all of them pass a layer before the next but one
-            self._found[layer] = self._finders.pop(layer).find(self._turns(_HOST, CALIBRATION_TOKENS))
+            turns = self._turns(_HOST, CALIBRATION_TOKENS)
+            self._found[layer] = self._finders.pop(layer).find(turns, _directions(output, q))
         span = Span(0, q.shape[0], 0, ())
         return attend_chunk(span, k, q, k, v, scale, self._shape.windows[layer])
 
@@ -105,6 +109,15 @@ class PackedKV:
         if device not in self._tables:
             self._tables[device] = RotaryTable(self._shape.rope, device)
         return self._tables[device].turns(length)
+
+
+def _directions(output: Operand, q: Tensor) -> Tensor:
+    """Random directions of a layer's output as they come back through its matrix: fp32 [n, heads, D] on the CPU."""
+    (matrix,) = output.parts
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(CALIBRATION_DIRECTIONS, matrix.shape[0], generator=generator).to(q.device, q.dtype)
+    back: Tensor = linear_backward(directions, matrix).float().cpu().unflatten(1, q.shape[1:])
+    return back
 
 
 def _sequences(shape: ModelShape, codec: TextCodec | None) -> Iterator[tuple[int, ...]]:

@@ -9,6 +9,9 @@ from typing import Protocol
 import torch
 
 from flexbatch.models.spec import Family
+from flexbatch.policy.machine import Machine
+from flexbatch.policy.plan import Plan
+from flexbatch.policy.profile import HardwareProfile
 from flexbatch.runtime.device import Device
 from flexbatch.runtime.weight_store import WeightStore
 from flexbatch.scheduler.lowering import Ride, Routes
@@ -26,13 +29,15 @@ class Loaded:
     device: Device
     dtype: torch.dtype
     routes: Routes
+    plan: Plan
+    profile: HardwareProfile
 
 
 class Passenger(Protocol):
-    """Work that rides on sweeps. All but ``working_bytes`` is called by the thread that runs them."""
+    """Work that travels with sweeps, or between them. Everything is called by the thread that runs them."""
 
-    def working_bytes(self, dtype: str) -> int:
-        """Bytes of the tier of the products that it takes."""
+    def reserve(self, machine: Machine) -> Machine:
+        """What is left of a machine for inference."""
 
     def join(self, loaded: Loaded) -> None:
         """The model is there."""
@@ -40,11 +45,14 @@ class Passenger(Protocol):
     def handlers(self) -> Mapping[str, Callable[[Step], None]]:
         """What its Steps do."""
 
-    def board(self) -> Ride | None:
-        """What it does during the sweep that comes next; None: nothing."""
+    def wants_pause(self) -> bool:
+        """Whether nothing may be fetched under the end of the sweep that comes next, for ``board`` after it works."""
 
-    def arrive(self, seconds: float) -> None:
-        """The sweep is done; it took so long."""
+    def board(self) -> Ride | None:
+        """What it does during the sweep that comes next; None: nothing. What it does between sweeps, it does here."""
+
+    def arrive(self, seconds: float, busy: Mapping[str, float]) -> None:
+        """The sweep is done; it took so long, and resources were busy for so long meanwhile."""
 
     def leave(self, error: BaseException | None) -> None:
         """There are no more sweeps for now, or they have failed."""

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from flexbatch.compression.groups import PackedLayout
+from flexbatch.kernels.activations import activate
 from flexbatch.kernels.attention import Span, attend, prepare
 from flexbatch.kernels.kv4 import attend_packed, store_packed
 from flexbatch.kernels.kv4_basis import Basis
 from flexbatch.kernels.linear import Weight, linear, pack
 from flexbatch.kernels.norms import rms_norm
+from flexbatch.kernels.paged import has_kernels, key_rows, store_paged
 from flexbatch.memory.kv import PageShape
 from flexbatch.runtime.device import Device
 from flexbatch.runtime.executor import Executor
@@ -29,6 +31,8 @@ WIDENED_ROWS = 64  # enough that reading weights does not hide what widening cos
 _HEAD_DIM, _KV_HEADS, _GROUP = 128, 8, 4
 _CONTEXT, _PAGE_TOKENS, _MOST_SEQUENCES = 512, 64, 64
 _STEPS, _STEP_WIDTH = 64, 64
+_PASSING_ROWS = 256
+_SHORT, _SHORT_ROWS = 16, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +74,14 @@ class Bench:
         """Times work of this processor."""
         return Stopwatch(self.device, self.tier)
 
-    def weights(self, dtype: torch.dtype) -> list[Weight]:
-        """Weights, each [side, side], as runs keep them, that together take ``room``: more than any cache holds."""
+    def weights(self, dtype: torch.dtype, *, loose: bool = False) -> list[Weight]:
+        """Weights, each [side, side], that together take ``room``: more than any cache holds.
+
+        A CPU's are in blocks, as those that stay are, unless they are to be ``loose``.
+        """
         nbytes = self.side**2 * dtype.itemsize
-        return [pack(self.random((self.side, self.side), dtype)) for _ in range(max(2, self.room // nbytes))]
+        drawn = (self.random((self.side, self.side), dtype) for _ in range(max(2, self.room // nbytes)))
+        return [weight if loose or self.tier == "gpu" else pack(weight) for weight in drawn]
 
     def packed_weights(self) -> list[Weight]:
         """The same in 4 bits."""
@@ -90,12 +98,12 @@ class Bench:
         return list(packed)
 
 
-def products(bench: Bench, dtype: torch.dtype, rows: Sequence[int]) -> Probe:
-    """FLOP/s of a linear with operands in ``dtype``, at each number of ``rows``."""
-    name = str(dtype).removeprefix("torch.")
+def products(bench: Bench, dtype: torch.dtype, rows: Sequence[int], *, loose: bool = False) -> Probe:
+    """FLOP/s of a linear with operands in ``dtype``, at each number of ``rows``; ``loose``: not in blocks."""
+    name = "loose" if loose else f"products.{str(dtype).removeprefix('torch.')}"
 
     def samplers() -> Iterator[Sampler]:
-        weights = bench.weights(dtype)
+        weights = bench.weights(dtype, loose=loose)
         rate = math.inf
         for count in rows:
             flops = 2 * count * bench.side**2
@@ -111,11 +119,11 @@ def products(bench: Bench, dtype: torch.dtype, rows: Sequence[int]) -> Probe:
 
             yield sample
 
-    return Probe(tuple(f"{bench.tier}.products.{name}.{count}" for count in rows), samplers)
+    return Probe(tuple(f"{bench.tier}.{name}.{count}" for count in rows), samplers)
 
 
 def widening(bench: Bench, stored: torch.dtype | None) -> Probe:
-    """Weights/s that a linear in float32 widens from ``stored``: by how much it takes longer than on float32 weights.
+    """Weights/s that a linear in float32 widens from ``stored``: how much longer it takes than on loose float32 ones.
 
     None: unpacks from 4 bits. The difference is at least a fiftieth of the product's own time, for it is no better
     known.
@@ -123,8 +131,8 @@ def widening(bench: Bench, stored: torch.dtype | None) -> Probe:
     name = "int4" if stored is None else str(stored).removeprefix("torch.")
 
     def samplers() -> Iterator[Sampler]:
-        wide = bench.weights(torch.float32)
-        narrow = bench.packed_weights() if stored is None else bench.weights(stored)
+        wide = bench.weights(torch.float32, loose=True)
+        narrow = bench.packed_weights() if stored is None else bench.weights(stored, loose=True)
         plain = _product(bench, wide, WIDENED_ROWS, torch.float32)
         widened = _product(bench, narrow, WIDENED_ROWS, torch.float32)
         watches = bench.watch(), bench.watch()
@@ -136,6 +144,29 @@ def widening(bench: Bench, stored: torch.dtype | None) -> Probe:
         yield sample
 
     return Probe((f"{bench.tier}.widened.{name}",), samplers)
+
+
+def elementwise(bench: Bench, dtype: torch.dtype) -> Probe:
+    """Bytes/s that what lies between a layer's products reads and writes: a norm, an addition, a gated activation."""
+    hidden, inner = bench.side, 3 * bench.side
+    rows = max(1, min(_PASSING_ROWS, bench.room // (4 * inner * dtype.itemsize)))
+
+    def samplers() -> Iterator[Sampler]:
+        with bench.device.lane(bench.tier):
+            x, y = (torch.randn(rows, hidden, device=bench.torch_device).to(dtype) for _ in range(2))
+            gate_up = torch.randn(rows, 2 * inner, device=bench.torch_device).to(dtype)
+            weight = torch.ones(hidden, device=bench.torch_device).to(dtype)
+
+        def work(_: int) -> None:
+            gate, up = gate_up.chunk(2, dim=-1)
+            _drop(rms_norm(x, weight, 1e-5).add_(y))
+            _drop(activate("silu", gate).mul_(up))
+
+        watch = bench.watch()
+        passed = rows * (5 * hidden + 5 * inner) * dtype.itemsize
+        yield lambda: passed / watch.seconds(work)
+
+    return Probe((f"{bench.tier}.elementwise",), samplers)
 
 
 def attention(bench: Bench, dtype: torch.dtype) -> Probe:
@@ -177,6 +208,33 @@ def attention(bench: Bench, dtype: torch.dtype) -> Probe:
         yield lambda: flops / prompt_watch.seconds(prompt)
 
     return Probe((f"{bench.tier}.attention_bytes", f"{bench.tier}.attention_flops"), samplers)
+
+
+def short_attention(bench: Bench, dtype: torch.dtype) -> Probe:
+    """Attention Steps/s of a few rows with short contexts, with the store of their keys and values."""
+    page = PageShape(2, _PAGE_TOKENS, 64, dtype)
+
+    def samplers() -> Iterator[Sampler]:
+        device = bench.torch_device
+        with bench.device.lane(bench.tier):
+            layer = page.view(bench.empty((_SHORT_ROWS * page.nbytes,), torch.uint8))
+            layer.zero_()
+            spans = [Span(row, 1, _SHORT - 1, range(row, row + 1)) for row in range(_SHORT_ROWS)]
+            batch = prepare(spans, _PAGE_TOKENS, None, dtype, device).to(device)
+            pages = torch.arange(_SHORT_ROWS, device=device)
+            offsets = torch.full_like(pages, _SHORT - 1)
+            q = torch.randn(_SHORT_ROWS, 2 * _GROUP, 64, device=device).to(dtype)
+            k = torch.randn(_SHORT_ROWS, 2, 64, device=device).to(dtype)
+            rows = None if has_kernels(device) else key_rows(pages, offsets, 2, _PAGE_TOKENS)
+
+        def work(_: int) -> None:
+            store_paged(layer, pages, offsets, k, k, rows)
+            _drop(attend(batch, layer, q, k, k, 64**-0.5))
+
+        watch = bench.watch()
+        yield lambda: 1 / watch.seconds(work)
+
+    return Probe((f"{bench.tier}.attend_s",), samplers)
 
 
 def packed_attention(bench: Bench, dtype: torch.dtype) -> Probe:

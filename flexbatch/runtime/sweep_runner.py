@@ -109,6 +109,7 @@ class SweepRunner:
         if passenger is not None:
             handlers |= passenger.handlers()
         self._passenger = passenger
+        self._trace = trace
         self._executor = Executor(handlers, device, trace, overlap=plan.overlap, delays=delays)
 
     def run(self, sweep: Sweep, *, more: bool) -> list[tuple[Slice, Readout]]:
@@ -141,13 +142,18 @@ class SweepRunner:
         if self._packing is not None:
             self._packing.prepare(flight.states, self._plan.page_tokens)
         self._flight = flight
-        started = time.perf_counter()
-        ride = None if self._passenger is None else self._passenger.board()
+        passenger = self._passenger
+        ride = None if passenger is None else passenger.board()
+        started, busy = time.perf_counter(), dict(self._trace.busy_s)
+        if passenger is not None and passenger.wants_pause():
+            more = False
         lowered = self._lowerer.lower(sweep, more=more, ride=ride)
         with torch.inference_mode():
             self._executor.run(lowered.steps, sweep.number, lowered.until)
-        if self._passenger is not None:
-            self._passenger.arrive(time.perf_counter() - started)
+        if passenger is not None:
+            seconds = time.perf_counter() - started
+            spent = {name: after - busy.get(name, 0.0) for name, after in dict(self._trace.busy_s).items()}
+            passenger.arrive(seconds, spent)
         for state in flight.states:
             self._hidden.settle(state)
         self._flight = _Flight()
@@ -191,7 +197,8 @@ class SweepRunner:
         assert state.qkv is not None
         q, k, v = state.qkv
         if self._packing is not None and self._packing.observes:
-            state.attended = self._packing.observe(index, q, k, v, self._shape.scale_of(index))
+            output = self._weights.group(step.group).linears["out"]
+            state.attended = self._packing.observe(index, q, k, v, self._shape.scale_of(index), output)
             state.qkv = None
             return
         layer = self._kv.layer(step, state.batch, state.staging)

@@ -11,7 +11,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from flexbatch.scheduler.steps import Kind, Resource, Step
+from flexbatch.scheduler.ring import Ring
+from flexbatch.scheduler.step_list import Lowered, StepList
+from flexbatch.scheduler.steps import Kind, Resource
 from flexbatch.scheduler.sweep import MicroBatch, Sweep
 
 
@@ -49,101 +51,20 @@ class Routes:
         return "cpu"
 
 
-@dataclass(frozen=True, slots=True)
-class Lowered:
-    """The Steps of a sweep, and the ids after which its results are there; the rest is prefetch for the next one."""
-
-    steps: list[Step]
-    until: frozenset[int]
-
-
-@dataclass(slots=True)
-class _Piece:
-    """Bytes ``start .. end - 1`` of a ring: filled by step ``ready``, free after ``users`` (None: in use)."""
-
-    start: int
-    end: int
-    ready: int = -1
-    users: tuple[int, ...] | None = None
-
-    def touches(self, other: _Piece) -> bool:
-        """Whether the two have a byte in common."""
-        return self.start < other.end and other.start < self.end
-
-
-class _Ring:
-    """Groups that pass in a fixed cyclic order through one buffer of ``capacity`` bytes, each in one piece.
-
-    ``sizes``: their bytes. A group takes the place that was used longest ago, and leaves room for the next one beside
-    it: so the largest may be read while the one before it is still in use, if the buffer holds both.
-    """
-
-    def __init__(self, sizes: Mapping[int, int], capacity: int) -> None:
-        assert all(nbytes <= capacity for nbytes in sizes.values()), "a ring is smaller than a group"
-        self.groups = tuple(sizes)
-        self.next = 0
-        self.rounds = 0
-        self.ready: dict[int, _Piece] = {}
-        self._sizes = sizes
-        self._capacity = capacity
-        self._pieces: list[_Piece] = []  # what was put where last, oldest first
-
-    def take(self, rounds: int) -> tuple[int, _Piece, tuple[int, ...]] | None:
-        """The next group, its place, and the ids after which that is free.
-
-        None while something there is in use, or if ``rounds`` rounds are complete.
-        """
-        if not self.groups or self.rounds == rounds:
-            return None
-        group = self.groups[self.next]
-        if group in self.ready:
-            return None  # a whole round ahead
-        following = (self.next + 1) % len(self.groups)
-        place = self._best(self._sizes[group], self._sizes[self.groups[following]])
-        touched = [piece for piece in self._pieces if piece.touches(place)]
-        if any(piece.users is None for piece in touched):
-            return None
-        self._pieces = [piece for piece in self._pieces if not piece.touches(place)]
-        self._pieces.append(place)
-        self.next = following
-        self.rounds += following == 0
-        self.ready[group] = place
-        return group, place, tuple({user for piece in touched for user in piece.users or ()})
-
-    def free(self, group: int, users: tuple[int, ...]) -> None:
-        """The place of ``group`` may be taken once ``users`` are done."""
-        self.ready.pop(group).users = users
-
-    def _best(self, size: int, following: int) -> _Piece:
-        last = self._capacity - size
-        starts = {0, last, *(piece.end for piece in self._pieces), *(piece.start - size for piece in self._pieces)}
-        within = sorted(start for start in starts if 0 <= start <= last)
-        apart = [start for start in within if max(start, last - start) >= following]
-        places = [_Piece(start, start + size) for start in apart or within]
-        return min(places, key=self._newest_touched)
-
-    def _newest_touched(self, place: _Piece) -> int:
-        return max((age for age, piece in enumerate(self._pieces) if piece.touches(place)), default=-1)
-
-
-class Lowerer:
+class Lowerer(StepList):
     """Turns one sweep after the other into Steps, keeping the state of slots and prefetch between them."""
 
     def __init__(self, routes: Routes) -> None:
+        super().__init__()
         self._routes = routes
-        self._next_id = 0
-        self._oldest = 0  # the first id of the sweep before: when a sweep begins, what is older is long done
-        self._first = 0  # of this sweep
-        self._host = _Ring(routes.reads, routes.host_ring)
-        self._gpu = _Ring(routes.uploads, routes.gpu_ring)
+        self._host = Ring(routes.reads, routes.host_ring)
+        self._gpu = Ring(routes.uploads, routes.gpu_ring)
         self._rounds = 0  # of the rings, that may be fetched
         self._ahead = 0  # of them beyond this sweep's
         self._adapters: dict[int, tuple[int, ...]] = {}  # group -> what brings this sweep's adapters for it
         self._fetched: tuple[int, ...] = ()  # the last sweep's read of adapters for later ones
         self._stored: dict[int, tuple[int, ...]] = {}  # layer group -> the last sweep's writes of KV pages
         self._lanes: deque[tuple[int, tuple[int, ...]]] = deque((lane, ()) for lane in range(routes.lanes))
-        self._steps: list[Step] = []
-        self._until: set[int] = set()
         self._ride: Ride | None = None
 
     def lower(self, sweep: Sweep, *, more: bool, ride: Ride | None = None) -> Lowered:
@@ -156,8 +77,7 @@ class Lowerer:
         weights while they are there.
         """
         self._ride = ride
-        self._steps, self._until = [], set()
-        self._oldest, self._first = self._first, self._next_id
+        self.begin()
         flight = _Flight(self, sweep, self._routes)
         self._move_adapters(sweep)
         self._rounds += 1 + more - self._ahead
@@ -187,12 +107,12 @@ class Lowerer:
         self._fill()
         if sweep.adapters.fetches:  # last, for this sweep does not wait for them
             self._fetched = (self.add("adapter_read", "disk_read", 0, -1, 0, (), slot=1, prefetch=True),)
-        return Lowered(self._steps, frozenset(self._until))
+        return self.lowered()
 
     def _move_adapters(self, sweep: Sweep) -> None:
         """Adapters from disk to RAM, all at once; on a GPU from there to their pages, group by group."""
         moves = sweep.adapters
-        self._until.update(self._fetched)
+        self.require(self._fetched)
         arrived, self._fetched = self._fetched, ()
         if moves.reads:
             arrived = (*arrived, self.add("adapter_read", "disk_read", 0, -1, 0, ()))
@@ -216,27 +136,6 @@ class Lowerer:
         return [] if self._ride is None else self._ride(self, group, self.weights(group))
 
     # --- what a flight asks for ---------------------------------------------------------------------------------
-
-    def add(
-        self,
-        kind: Kind,
-        resource: Resource,
-        group: int,
-        batch: int,
-        tokens: int,
-        after: Iterable[int | None],
-        *,
-        slot: int = 0,
-        prefetch: bool = False,
-    ) -> int:
-        """Append a Step and return its id."""
-        wait = tuple(sorted({step for step in after if step is not None and step >= self._oldest}))
-        step = Step(self._next_id, kind, resource, group, batch, tokens, wait, slot)
-        self._next_id += 1
-        self._steps.append(step)
-        if not prefetch:
-            self._until.add(step.id)
-        return step.id
 
     def weights(self, group: int) -> list[int]:
         """The ids after which the weights of ``group`` can be used, and the adapters' parts of it."""

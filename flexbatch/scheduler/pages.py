@@ -27,7 +27,7 @@ class PageTable:
 
 
 class PageAllocator:
-    """Reference-counted pages ``0 .. capacity - 1``.
+    """Reference-counted pages ``0 .. capacity - 1``; ``peak`` is the most that were held at a time.
 
     Reservations are soft: they steer other sequences elsewhere while there is room elsewhere, and give way when there
     is none. So no page is ever unusable.
@@ -39,6 +39,7 @@ class PageAllocator:
         self._state = bytearray(capacity)
         self._holders = [0] * capacity
         self._used = 0
+        self.peak = 0
 
     @property
     def capacity(self) -> int:
@@ -138,4 +139,5 @@ class PageAllocator:
         self._state[page] = _USED
         self._holders[page] = 1
         self._used += 1
+        self.peak = max(self.peak, self._used)
         table.pages.append(page)

@@ -5,8 +5,8 @@ Pure: lengths in, plain data out. Two orders of backward: a reverse sweep, or ri
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 TaskKind = Literal["learn_embed", "learn_forward", "learn_loss", "learn_backward"]
@@ -69,6 +69,18 @@ def cut(counts: Sequence[int], window: int) -> list[LearningBatch]:
     return batches
 
 
+def cut_batches(counts: Sequence[int], sizes: Sequence[int], window: int) -> list[LearningBatch]:
+    """Cut examples as ``cut`` does, so many of them at a time: no micro-batch reaches over a border."""
+    assert sum(sizes) == len(counts)
+    batches: list[LearningBatch] = []
+    first = 0
+    for size in sizes:
+        found = cut(counts[first : first + size], window)
+        batches += [replace(each, examples=tuple(first + number for number in each.examples)) for each in found]
+        first += size
+    return batches
+
+
 def _batch(examples: Sequence[int], counts: Sequence[int], window: int) -> LearningBatch:
     own = tuple(counts[each] for each in examples)
     windows: list[Window] = []
@@ -102,36 +114,52 @@ class Visit:
     tasks: tuple[Task, ...]
 
 
-def forward_order(layers: int, batches: int) -> list[Visit]:
-    """One sweep that only measures the loss."""
-    numbers = range(batches)
+def forward_order(layers: int, batches: int, first: int = 0) -> list[Visit]:
+    """One sweep that only measures the loss, of ``batches`` micro-batches from number ``first`` on."""
+    numbers = range(first, first + batches)
     return [Visit(group, tuple(Task(_forward(group, layers), each) for each in numbers)) for group in range(layers + 2)]
 
 
-def reverse_order(layers: int, batches: int, lowest: int) -> list[Visit]:
+def reverse_order(layers: int, batches: int, lowest: int, first: int = 0) -> list[Visit]:
     """A sweep forward and one in reverse, down to group ``lowest``, the first with something to train."""
-    back = tuple(Task("learn_backward", each) for each in range(batches))
-    return forward_order(layers, batches) + [Visit(group, back) for group in _down(layers, lowest)]
+    back = tuple(Task("learn_backward", each) for each in range(first, first + batches))
+    return forward_order(layers, batches, first) + [Visit(group, back) for group in _down(layers, lowest)]
 
 
-def riding_sweeps(layers: int, batches: int, lowest: int) -> list[dict[int, tuple[Task, ...]]]:
-    """Sweeps that only go forward, as tasks by group: each takes in a micro-batch; those before it go one layer back.
+def riding_sweeps(layers: int, batches: int, lowest: int, together: int = 1) -> list[dict[int, tuple[Task, ...]]]:
+    """Sweeps that only go forward, as tasks by group: each takes in ``together`` micro-batches; others go a layer back.
 
-    Micro-batch m goes forward in sweep m and back through its j-th layer from the top in sweep m + j. A group sees the
-    micro-batches in the same order as in a reverse sweep, so sums of gradients are the same to the bit.
+    Micro-batch m goes forward in sweep m / together, and back through its j-th layer from the top j sweeps later. A
+    group sees the micro-batches in the same order as in a reverse sweep, so sums of gradients are the same to the bit.
     """
     down = _down(layers, lowest)
+    entering = [range(first, min(first + together, batches)) for first in range(0, batches, together)]
     sweeps: list[dict[int, tuple[Task, ...]]] = []
-    for sweep in range(batches + len(down)):
+    for sweep in range(len(entering) + len(down)):
         tasks: dict[int, list[Task]] = {group: [] for group in range(layers + 2)}
         for depth, group in enumerate(down, start=1):
-            if 0 <= sweep - depth < batches:
-                tasks[group].append(Task("learn_backward", sweep - depth))
-        if sweep < batches:
+            if 0 <= sweep - depth < len(entering):
+                tasks[group] += [Task("learn_backward", batch) for batch in entering[sweep - depth]]
+        if sweep < len(entering):
             for group in range(layers + 2):
-                tasks[group].append(Task(_forward(group, layers), sweep))
+                tasks[group] += [Task(_forward(group, layers), batch) for batch in entering[sweep]]
         sweeps.append({group: tuple(own) for group, own in tasks.items()})
     return sweeps
+
+
+def in_reverse(sweeps: Sequence[Mapping[int, tuple[Task, ...]]]) -> list[Visit]:
+    """The tasks of (the last of some) riding sweeps as one sweep forward and one in reverse.
+
+    Every group keeps the order of its tasks, so sums of gradients stay the same.
+    """
+    ahead: dict[int, list[Task]] = {}
+    back: dict[int, list[Task]] = {}
+    for sweep in sweeps:
+        for group, tasks in sweep.items():
+            for task in tasks:
+                (back if task.kind == "learn_backward" else ahead).setdefault(group, []).append(task)
+    forward = [Visit(group, tuple(ahead[group])) for group in sorted(ahead)]
+    return forward + [Visit(group, tuple(back[group])) for group in sorted(back, reverse=True)]
 
 
 def riding_order(layers: int, batches: int, lowest: int) -> list[Visit]:

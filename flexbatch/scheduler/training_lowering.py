@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
-from flexbatch.scheduler.lowering import Lowered, Routes
-from flexbatch.scheduler.steps import Kind, Resource, Step
+from flexbatch.scheduler.lowering import Routes
+from flexbatch.scheduler.step_list import Lowered, StepList
+from flexbatch.scheduler.steps import Kind, Resource
 from flexbatch.scheduler.training import LearningBatch, Task, TaskKind, Visit
 
 
@@ -64,6 +64,10 @@ class _Room:
         """Let go of a group without something else in its place."""
         self._gone.append(self.held.pop(group))
 
+    def emptied(self) -> _Room:
+        """The same ring with nothing in it."""
+        return _Room(self._nbytes)
+
     def forget(self, oldest: int) -> None:
         """Drop what nobody has to wait for any more: Steps before ``oldest``."""
         self._gone = [piece for piece in self._gone if max(piece.step, *piece.users, 0) >= oldest]
@@ -77,7 +81,7 @@ def _meet(piece: _Held, start: int, nbytes: int) -> bool:
     return piece.start < start + nbytes and start < piece.stop
 
 
-class TrainingLowerer:
+class TrainingLowerer(StepList):
     """Turns one pass (a list of visits) after the other into Steps; slots keep what they hold from pass to pass.
 
     ``kept``: group -> tier on which the inputs of that group rest until backward; groups without backward are not in
@@ -85,6 +89,7 @@ class TrainingLowerer:
     """
 
     def __init__(self, routes: Routes, kept: Mapping[int, str]) -> None:
+        super().__init__()
         self._routes = routes
         self._kept = dict(kept)
         on_gpu = routes.compute == "gpu"
@@ -92,10 +97,6 @@ class TrainingLowerer:
         self._room = _Room(routes.gpu_ring if on_gpu else routes.host_ring)
         self._way = _Room(routes.host_ring)  # of reads that go on to a GPU
         self._cursor = 0
-        self._next_id = 0
-        self._oldest = self._first = 0
-        self._steps: list[Step] = []
-        self._until: set[int] = set()
 
     def lower(
         self,
@@ -110,8 +111,7 @@ class TrainingLowerer:
         ``more``: another pass follows, whose first weights are fetched under the end of this one. ``passage``: one that
         began elsewhere and is to be brought to its end.
         """
-        self._steps, self._until = [], set()
-        self._oldest, self._first = self._first, self._next_id
+        self.begin()
         self._room.forget(self._oldest)
         self._way.forget(self._oldest)
         groups = [visit.group for visit in visits if visit.tasks]
@@ -132,28 +132,12 @@ class TrainingLowerer:
                 held.users += steps
             place += 1
             self._prefetch(following, place)
-        return Lowered(self._steps, frozenset(self._until))
+        return self.lowered()
 
-    def add(
-        self,
-        kind: Kind,
-        resource: Resource,
-        group: int,
-        batch: int,
-        tokens: int,
-        after: Iterable[int | None],
-        *,
-        slot: int = 0,
-        prefetch: bool = False,
-    ) -> int:
-        """Append a Step and return its id."""
-        wait = tuple(sorted({step for step in after if step is not None and step >= self._oldest}))
-        step = Step(self._next_id, kind, resource, group, batch, tokens, wait, slot)
-        self._next_id += 1
-        self._steps.append(step)
-        if not prefetch:
-            self._until.add(step.id)
-        return step.id
+    def forget(self) -> None:
+        """Others have used the rings: nothing that was brought there is there any more, and all of it is done."""
+        self._room, self._way = self._room.emptied(), self._way.emptied()
+        self._cursor = 0
 
     def _prefetch(self, following: Sequence[int], place: int, *, needed: bool = False) -> None:
         """Fetch what is used from ``place`` on, to where nothing lies that is needed sooner.
@@ -201,30 +185,15 @@ class TrainingLowerer:
         return step
 
 
-class Adds(Protocol):
-    """What Steps are added to."""
-
-    def add(
-        self,
-        kind: Kind,
-        resource: Resource,
-        group: int,
-        batch: int,
-        tokens: int,
-        after: Iterable[int | None],
-        *,
-        slot: int = 0,
-    ) -> int:
-        """Append a Step and return its id."""
-
-
 class Passage:
     """A pass while it is lowered: the newest Step of every micro-batch, and transfers of saved inputs.
 
     ``steps`` is where Steps go; a pass that rides along changes it when what it rides on does.
     """
 
-    def __init__(self, steps: Adds, routes: Routes, batches: Sequence[LearningBatch], kept: Mapping[int, str]) -> None:
+    def __init__(
+        self, steps: StepList, routes: Routes, batches: Sequence[LearningBatch], kept: Mapping[int, str]
+    ) -> None:
         self._steps = steps
         self._routes = routes
         self._batches = batches
@@ -234,7 +203,7 @@ class Passage:
         self._outs: list[int] = []  # saves that end where the inputs rest
         self._backs: list[int] = []  # backward Steps whose inputs had to be brought
 
-    def go_on(self, steps: Adds) -> None:
+    def go_on(self, steps: StepList) -> None:
         """Add to ``steps`` from now on; all that was added elsewhere is done."""
         if steps is not self._steps:
             self._steps = steps

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from tests.acceptance.program import ROOT, story_rows
 
@@ -44,7 +45,26 @@ class Nursery:
     def run(self, output: Path, *options: str, kill_after: float | None = None) -> int:
         """Return the exit code, minus the signal's number where one ended it."""
         places = ["--data", str(self.folder / "data.jsonl"), "-o", str(output), "--quiet"]
-        words = ["finetune", "--model", "demo", *places, *OPTIONS, *options]
+        return self.start(["finetune", "--model", "demo", *places, *OPTIONS, *options], kill_after=kill_after)
+
+    def both(self, name: str, *options: str, kill_after: float | None = None) -> int:
+        """The same training beside generation, into ``name.jsonl`` and ``name``."""
+        (self.folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in story_rows(20, 12)))
+        words = [
+            "run",
+            "--model",
+            "demo",
+            "-i",
+            str(self.folder / "rows.jsonl"),
+            "-o",
+            str(self.folder / f"{name}.jsonl"),
+        ]
+        words += ["--finetune", str(self.folder / "data.jsonl"), "--adapter-output", str(self.folder / name), "--quiet"]
+        words += ["--max-sequences", "3", "--finetune-share", "0.5", "--grad-accumulation", "2"]
+        return self.start([*words, *OPTIONS, *options], kill_after=kill_after)
+
+    def start(self, words: list[str], *, kill_after: float | None = None) -> int:
+        """Run the program with ``words``; else as ``run``."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(words) + "\n")
         self._process.stdin.flush()
@@ -112,6 +132,28 @@ def test_killed_ten_times_it_ends_the_same(nursery: Nursery, tmp_path: Path) -> 
     check(whole, broken, stats, losses)
     assert not (tmp_path / "broken.part").exists()
     assert len(kept) > 1, kept
+
+
+def test_killed_beside_generation_both_outputs_are_whole(nursery: Nursery, tmp_path: Path) -> None:
+    """Which steps share sweeps depends on the moment, so the adapter is the same to rounding; the text is exact."""
+    options = ("--max-steps", "6", "--dropout", "0.1")
+    started = time.monotonic()
+    assert nursery.both("whole", *options) == 0, nursery.said
+    seconds = time.monotonic() - started
+    rng = random.Random(secrets.randbits(32))
+    killed = 0
+    for _ in range(4):
+        code = nursery.both("broken", *options, kill_after=rng.uniform(0.2, 0.9) * seconds)
+        assert code in (0, -signal.SIGKILL), nursery.said
+        killed += code != 0
+    assert killed
+    assert nursery.both("broken", *options) == 0, nursery.said
+    assert (tmp_path / "broken.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "broken"))
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        assert float((tensor - two[name]).norm() / tensor.norm()) < 1e-4, name
+    assert not list(tmp_path.glob("*.part"))
 
 
 def check(whole: Path, broken: Path, stats: Path, losses: list[float]) -> None:

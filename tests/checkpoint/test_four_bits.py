@@ -168,23 +168,25 @@ def test_gguf_types_that_the_format_holds_stay_packed(architecture: str, tmp_pat
     folder = locate(str(path))
     plain = open_checkpoint(folder, family_of(folder.shape).table(folder.shape))
     kinds = packable(family_of(folder.shape).table(folder.shape))
-    seen = set()
+    seen: set[str] = set()
     for name, kind in kinds.items():
         exact = plain.read(plain.entries[name])
         exact = exact.t().contiguous() if kind.transposed else exact
         stored, packed = weight(wide, name), weight(narrow, name)
         assert isinstance(packed, Packed)
         if isinstance(stored, Packed):
-            seen.add("zero" if stored.zeros is not None else "minimum")
+            seen.add(stored.offset)
+            bits = {"middle": 4.5, "minimum": 5.0}[stored.offset]
+            assert stored.bits_per_weight == bits
             assert torch.equal(dequantize(stored), exact)
             assert torch.equal(dequantize(packed), exact)
         else:
             seen.add("wide")
             assert torch.equal(dequantize(packed), dequantize(quantize(exact)))
-    assert seen == {"zero", "minimum", "wide"}
-    for bits, expected in (("16", wide), ("4", narrow)):
-        assert convert(path, tmp_path / f"out{bits}", "--weight-bits", bits) == 0
-        assert_same(expected, opened(tmp_path / f"out{bits}"))
+    assert seen == {"middle", "minimum", "wide"}
+    for asked, expected in (("16", wide), ("4", narrow)):
+        assert convert(path, tmp_path / f"out{asked}", "--weight-bits", asked) == 0
+        assert_same(expected, opened(tmp_path / f"out{asked}"))
 
 
 def crash_in(monkeypatch: pytest.MonkeyPatch, number: int) -> None:

@@ -17,6 +17,7 @@ from flexbatch.finetune.job import FinetuneTask, Sizes
 from flexbatch.finetune.optimizer import NamedTensors
 from flexbatch.options import EngineOptions
 from flexbatch.requests import Result, RowError, TokenizedRequest, TokenLogprobs
+from flexbatch.runtime.passenger import Passenger
 from flexbatch.shapes import ModelShape
 from flexbatch.text.codec import TextCodec
 from tests.finetune.fakes import FakeParameters, FakeTrainer
@@ -154,6 +155,7 @@ class FakeBackend(Backend):
         *,
         trace: bool,
         adapters: Mapping[str, Path],
+        passenger: Passenger | None = None,
     ) -> FakeEngine:
         self.adapters.append(dict(adapters))
         self.options.append(options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from fractions import Fraction
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from flexbatch.compression.groups import (
     GROUPS,
+    Offset,
     Packed,
     PackedLayout,
     dequantize,
@@ -23,15 +25,15 @@ from flexbatch.compression.groups import (
 SHAPES = [(1, 1), (1, 2), (3, 31), (2, 32), (5, 33), (4, 63), (2, 64), (3, 65), (7, 191), (2, 320), (1, 129), (6, 257)]
 
 
-def random_packed(seed: int, shape: tuple[int, int], group: int, zeros: bool, scale_type: torch.dtype) -> Packed:
+def random_packed(seed: int, shape: tuple[int, int], group: int, offset: Offset, scale_type: torch.dtype) -> Packed:
     torch.manual_seed(seed)
     out_features, in_features = shape
     per_group = (out_features, groups_of(in_features, group))
     return Packed(
         pack_codes(torch.randint(0, 16, shape)),
         (torch.rand(per_group) * 0.1).to(scale_type),
-        None if zeros else torch.randn(per_group).to(scale_type),
-        torch.randint(0, 17, per_group, dtype=torch.uint8) if zeros else None,
+        torch.randn(per_group).to(scale_type) if offset == "minimum" else None,
+        torch.randint(0, 17, per_group, dtype=torch.uint8) if offset == "zero" else None,
         group,
         shape,
     )
@@ -57,13 +59,13 @@ def test_packing_is_the_identity(shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("offset", get_args(Offset))
 @pytest.mark.parametrize("seed", range(4))
-def test_dequantize_equals_exact_arithmetic(seed: int, zeros: bool, dtype: torch.dtype) -> None:
+def test_dequantize_equals_exact_arithmetic(seed: int, offset: Offset, dtype: torch.dtype) -> None:
     rng = random.Random(seed)
     shape = rng.choice(SHAPES)
     group = rng.choice(GROUPS)
-    packed = random_packed(seed, shape, group, zeros, rng.choice([torch.float16, torch.bfloat16]))
+    packed = random_packed(seed, shape, group, offset, rng.choice([torch.float16, torch.bfloat16]))
     weight = dequantize(packed, dtype)
     assert weight.dtype == dtype
     for row in range(shape[0]):
@@ -72,8 +74,9 @@ def test_dequantize_equals_exact_arithmetic(seed: int, zeros: bool, dtype: torch
             scale, code = Fraction(float(packed.scales[place])), nibble(packed, row, column)
             if packed.zeros is not None:
                 value = (code - int(packed.zeros[place])) * scale
+            elif packed.minimums is None:
+                value = (code - 8) * scale
             else:
-                assert packed.minimums is not None
                 value = code * scale + Fraction(float(packed.minimums[place]))
             assert float(weight[row, column]) == rounded(value, dtype)
 
@@ -81,17 +84,17 @@ def test_dequantize_equals_exact_arithmetic(seed: int, zeros: bool, dtype: torch
 @pytest.mark.parametrize("scale_type", [torch.float16, torch.bfloat16])
 def test_integer_zeros_equal_the_product_in_the_scales_type(scale_type: torch.dtype) -> None:
     # What GPTQ's and AWQ's own kernels compute: an exact integer times the scale, rounded once.
-    packed = random_packed(0, (8, 256), 128, True, scale_type)
+    packed = random_packed(0, (8, 256), 128, "zero", scale_type)
     assert packed.zeros is not None
     codes = unpack_codes(packed.codes, 256).view(8, 2, 128).short() - packed.zeros.short().unsqueeze(-1)
     expected = (codes.to(scale_type) * packed.scales.unsqueeze(-1)).view(8, 256)
     assert torch.equal(dequantize(packed, scale_type), expected)
 
 
-@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("offset", get_args(Offset))
 @pytest.mark.parametrize("shape", SHAPES)
-def test_one_run_of_bytes_holds_it(shape: tuple[int, int], zeros: bool) -> None:
-    packed = random_packed(1, shape, 64, zeros, torch.bfloat16)
+def test_one_run_of_bytes_holds_it(shape: tuple[int, int], offset: Offset) -> None:
+    packed = random_packed(1, shape, 64, offset, torch.bfloat16)
     layout = PackedLayout.of(packed)
     raw = torch.zeros(layout.nbytes, dtype=torch.uint8)
     target = layout.view(raw)
@@ -104,7 +107,7 @@ def test_one_run_of_bytes_holds_it(shape: tuple[int, int], zeros: bool) -> None:
 
 
 def test_rows_share_memory_and_size_is_four_and_a_half_bits() -> None:
-    packed = random_packed(2, (10, 128), 64, False, torch.float16)
+    packed = random_packed(2, (10, 128), 64, "minimum", torch.float16)
     part = packed.rows(3, 7)
     assert part.shape == (4, 128)
     assert part.codes.data_ptr() == packed.codes[3:].data_ptr()
@@ -116,5 +119,5 @@ def test_rows_share_memory_and_size_is_four_and_a_half_bits() -> None:
 
 
 def test_large_weights_are_done_in_parts() -> None:
-    packed = random_packed(3, (700, 1000), 64, False, torch.float16)
+    packed = random_packed(3, (700, 1000), 64, "minimum", torch.float16)
     assert torch.equal(dequantize(packed)[693:], dequantize(packed.rows(693, 700)))

@@ -6,8 +6,13 @@ Where crfm-helm is installed, problems, prompts and metrics are compared with it
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
+import signal
+import subprocess
+import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,14 +21,16 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from benchmarks.helm_subset import plain, report
+from benchmarks.helm_subset import batch, plain, report
 from benchmarks.helm_subset.__main__ import main
 from benchmarks.helm_subset.metrics import METRICS
 from benchmarks.helm_subset.prompts import prompted, sampled, taken
 from benchmarks.helm_subset.scenarios import SUBSET, by_name
 from benchmarks.helm_subset.synthetic import Instance, natural_easy, pattern_match
 from flexbatch.checkpoint.locate import ASSETS
+from tests.evaluation import helm_facts
 
+ROOT = Path(__file__).resolve().parents[2]
 DEMO = ASSETS / "demo"
 OWN = by_name("own")
 
@@ -137,6 +144,44 @@ def test_everything_with_one_command_and_again(tmp_path: Path, capsys: pytest.Ca
     assert main(["score", *command[1:]]) == 0
 
 
+def killed(command: list[str], journals: list[Path], more: int) -> int:
+    """Start the program, kill it outright when a journal has ``more`` rows, and return how many rows there are."""
+
+    def rows() -> int:
+        found = [path.read_bytes().count(b"\n") - 1 for path in journals if path.exists()]
+        return max([0, *found])
+
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-m", "benchmarks.helm_subset", *command]
+    with subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL) as process:
+        while rows() < more and process.poll() is None:
+            time.sleep(0.002)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    return rows()
+
+
+def test_killed_outright_and_given_again(tmp_path: Path) -> None:
+    """Killed in the second scenario: the first is not run again, and of the second only what was not done."""
+    command = ["all", "--model", "demo", "--instances", "40", "--no-plan", "--device", "cpu", "--max-sequences", "2"]
+    assert main([*command, "-o", str(tmp_path / "whole")]) == 0
+    place = tmp_path / "killed"
+    command += ["-o", str(place)]
+    done = killed(command, [place / f"{OWN[1].name}.out.jsonl.part"], 4)
+    assert 4 <= done < 40
+    assert not (place / "report.json").exists()
+    before = (place / f"{OWN[0].name}.out.jsonl").stat().st_mtime_ns
+    assert main(command) == 0
+    assert (place / f"{OWN[0].name}.out.jsonl").stat().st_mtime_ns == before
+    stats = json.loads((place / f"{OWN[1].name}.stats.json").read_text(encoding="utf-8"))
+    assert (stats["resumed"], stats["completed"]) == (done, 40)
+    found = [json.loads((folder / "report.json").read_text()) for folder in (tmp_path / "whole", place)]
+    assert found[1][1]["resumed"] == done
+    for whole, again in zip(*found, strict=True):
+        assert (again["metrics"], again["tokens"]) == (whole["metrics"], whole["tokens"])
+    assert "+: goes on an earlier run" in (place / "report.txt").read_text(encoding="utf-8")
+
+
 def test_the_report_names_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="must be downloaded"):
         main(["all", "--model", "demo", "-o", str(tmp_path), "--scenarios", "mmlu_abstract_algebra"])
@@ -146,6 +191,30 @@ def test_the_report_names_what_is_missing(tmp_path: Path) -> None:
     assert sum(scenario.minutes for scenario in SUBSET) == 1249
     minutes = report.planned_minutes(SUBSET[1], "opt-30b", ["--profile", "t4"])
     assert 1 < minutes < 1000
+
+
+@pytest.mark.parametrize("case", json.loads(helm_facts.STORED.read_text(encoding="utf-8"))["cases"])
+def test_prompts_and_metrics_are_those_that_helm_made(case: dict[str, Any], tokenizer: Any, tmp_path: Path) -> None:
+    """``prepare`` and ``score`` against what is stored of crfm-helm 0.5.16, whose run specs made it all."""
+    (scenario,) = by_name(case["scenario"])
+    rows = plain.prepare(scenario, tmp_path, tokenizer, case["window"], case["instances"])
+    prompts = [(int(row["id"].removeprefix("id")), row["prompt"]) for row in rows]
+    assert helm_facts.hashed(prompts) == case["prompts"]
+    gold = batch.read_rows(tmp_path / f"{scenario.name}.gold.jsonl")
+    results = [
+        {
+            "id": row["id"],
+            "text": helm_facts.answered(row["answer"], int(row["id"].removeprefix("id"))),
+            "prompt_tokens": 1,
+            "completion_tokens": 1,
+        }
+        for row in gold
+    ]
+    batch.write_rows(tmp_path / f"{scenario.name}.out.jsonl", results)
+    found = plain.score(scenario, tmp_path)["splits"]
+    assert found.keys() == case["splits"].keys()
+    for split, expected in case["splits"].items():
+        assert found[split] == pytest.approx(expected, abs=1e-8)
 
 
 # --- against HELM's own, where it is installed ---------------------------------------------------------------------
@@ -187,3 +256,31 @@ def test_metrics_equal_those_of_helm() -> None:
         answer = answer.strip()
         for name, metric in METRICS.items():
             assert metric(gold, answer) == pytest.approx(getattr(module, name)(gold, answer)), (name, gold, answer)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_stored_facts_are_those_of_the_helm_that_is_here(tmp_path: Path) -> None:
+    helm("runner")
+    assert helm_facts.facts(tmp_path) == json.loads(helm_facts.STORED.read_text(encoding="utf-8"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_helm_is_killed_outright_and_given_again(tmp_path: Path) -> None:
+    """HELM asks for the batch that was killed once more, and gets what is done from its journal."""
+    helm("runner")
+    command = ["run", "--model", "demo", "--instances", "25", "--no-plan", "--device", "cpu", "--max-sequences", "2"]
+    command += ["--scenarios", OWN[1].name, "-o"]
+    assert main([*command, str(tmp_path / "whole")]) == 0
+    place = tmp_path / "killed"
+    done = killed([*command, str(place)], [place / "batches" / f"{OWN[1].name}.out.jsonl.part"], 4)
+    assert main([*command, str(place)]) == 0
+    found = [json.loads((folder / "report.json").read_text())[0] for folder in (tmp_path / "whole", place)]
+    assert [one["resumed"] for one in found] == [0, done]
+    compared = ("instances", "tokens", "metrics")
+    for name in compared:
+        left, right = ({**one[name], "inference_runtime": 0} if name == "metrics" else one[name] for one in found)
+        assert left == right
+    # What is complete is not run a third time.
+    before = (place / "batches" / f"{OWN[1].name}.out.jsonl").stat().st_mtime_ns
+    assert main([*command, str(place)]) == 0
+    assert (place / "batches" / f"{OWN[1].name}.out.jsonl").stat().st_mtime_ns == before

@@ -5,8 +5,13 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
+import sqlite3
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -187,7 +192,62 @@ def test_an_interrupted_evaluation_goes_on(
     rest = make().evaluate(llm, name="demo", answers=place, identity={"model": "a"}, quiet=True)
     assert rest.computed == 23 - 7
     assert rest.results["results"] == whole.results["results"]
+    again = make().evaluate(llm, name="demo", answers=place, identity={"model": "a"}, quiet=True)
+    assert again.computed == 0  # nothing is lost until the results are written
+    again.forget_answers()
     assert list(tmp_path.iterdir()) == []
+
+
+KILLED = """
+import os, signal, sys
+from functools import partial
+from flexbatch import LLM
+from flexbatch.cli.main import main
+from flexbatch.evaluation import harness
+from lm_eval.tasks import TaskManager
+harness.TaskManager = partial(TaskManager, include_defaults=False)
+
+def dying(answers):
+    def dies(*given, **named):
+        for item in answers(*given, **named):
+            if left.pop() == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield item
+    return dies
+
+left = list(range(int(sys.argv[1])))
+LLM.score_each, LLM.generate_each = dying(LLM.score_each), dying(LLM.generate_each)
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_killed_outright_and_given_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was answered before the kill is not computed again."""
+    command = ["lm-eval", "--model", "demo", "--device", "cpu", "--include-path", str(folder), "--quiet"]
+    command += ["--tasks", "t_choice,t_letter,t_until", "--max-sequences", "1", "-o"]
+    kept = tmp_path / "killed.json.part_rank0.db"
+    computed: list[int] = []
+    evaluate = harness_module.Harness.evaluate
+
+    def counted(self: harness_module.Harness, *given: Any, **named: Any) -> harness_module.Evaluation:
+        found = evaluate(self, *given, **named)
+        computed.append(found.computed)
+        return found
+
+    monkeypatch.setattr(harness_module.Harness, "evaluate", counted)
+    assert main([*command, str(tmp_path / "whole.json")]) == 0
+    assert computed == [18 + 20 + 5]
+    words = [sys.executable, "-c", KILLED, "25", *command, str(tmp_path / "killed.json")]
+    child = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    assert child.returncode == -signal.SIGKILL, child.stderr
+    with closing(sqlite3.connect(kept)) as database:
+        (known,) = database.execute("select count(*) - 1 from unnamed").fetchone()  # one says whose answers they are
+    assert 18 < known < computed[0]
+    assert main([*command, str(tmp_path / "killed.json")]) == 0
+    assert computed[1] == computed[0] - known
+    whole, again = (json.loads((tmp_path / f"{name}.json").read_text())["results"] for name in ("whole", "killed"))
+    assert again == whole
+    assert not kept.exists()
 
 
 def test_the_command_prints_a_table_and_writes_what_was_asked(

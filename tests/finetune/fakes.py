@@ -60,8 +60,9 @@ class FakeTrainer:
     calls: list[tuple[tuple[int, ...], float]] = field(default_factory=list)
     peak_activation_bytes: int = 1000
     closed: int = 0
+    whole_steps: bool = False
 
-    def accumulate(self, examples: Sequence[Example], scale: float) -> FakeLoss:
+    def accumulate(self, examples: Sequence[Example], scale: float, sizes: Sequence[int] = ()) -> FakeLoss:
         if self.before is not None:
             self.before(len(self.calls))
         self.calls.append((tuple(example.tokens[0] for example in examples), scale))

@@ -19,6 +19,7 @@ from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_
 from flexbatch import LLM, SamplingParams
 from flexbatch.checkpoint.locate import locate
 from flexbatch.errors import AdapterError, UsageError
+from flexbatch.finetune.options import FinetuneOptions
 from flexbatch.finetune.parameters import Parameters
 from tests.finetune.oracle import peft_model
 from tests.oracle import assert_equal, generate_row
@@ -191,3 +192,36 @@ def test_dropout_goes_on_where_it_was(tmp_path: Path) -> None:
     assert plain.losses != whole.losses
     names = [folder / "adapter_model.safetensors" for folder in (whole.folder, resumed.folder)]
     assert names[0].read_bytes() == names[1].read_bytes()
+
+
+def fail(results: list[Any]) -> None:
+    raise RuntimeError(f"after {len(results)} results")
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+@pytest.mark.parametrize("generates", [True, False])
+def test_training_beside_generation(loaded: bool, generates: bool, tmp_path: Path) -> None:
+    path = tiny_checkpoint(tmp_path / "model", "llama")
+    rows = rows_for(149, 12)
+    options: dict[str, Any] = {"rank": 2, "learning_rate": 0.02, "max_steps": 4, "batch_size": 2}
+    prompts, params = [[5, 6, 7], [9], [20, 22, 24, 26]] * 3, SamplingParams(max_tokens=9)
+    with LLM(path) as llm:
+        alone = llm.finetune(rows, tmp_path / "alone", **options)
+        base = llm.generate(prompts, params) if loaded else []
+        with llm.finetuning(rows, tmp_path / "beside", FinetuneOptions(**options), share=0.5) as adapter:
+            results = llm.generate(prompts, params) if generates else []
+            with pytest.raises(UsageError, match="another training is under way"), llm.finetuning(rows, tmp_path / "x"):
+                pass
+        assert adapter().losses == pytest.approx(alone.losses, rel=1e-5)
+        if loaded and generates:
+            assert [each.token_ids for each in results] == [each.token_ids for each in base]
+        tuned = llm.generate(prompts, params, lora=adapter())
+        assert [each.token_ids for each in tuned] == [
+            each.token_ids for each in llm.generate(prompts, params, lora=alone)
+        ]
+        with llm.finetuning(rows, tmp_path / "beside", FinetuneOptions(**options)) as again:  # complete already
+            pass
+        assert again().losses == adapter().losses
+        with pytest.raises(RuntimeError), llm.finetuning(rows, tmp_path / "broken", FinetuneOptions(**options)):
+            fail(llm.generate(prompts, params))
+        assert llm.finetune(rows, tmp_path / "broken", **options).losses == pytest.approx(alone.losses, rel=1e-5)

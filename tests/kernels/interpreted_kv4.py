@@ -97,12 +97,13 @@ def test_store_of_numbers_that_are_none_or_too_large(monkeypatch: pytest.MonkeyP
     pool = torch.zeros(1, 1, 2, 8, kv_head_bytes(64), dtype=torch.uint8)
     v = torch.randn(8, 1, 64)
     v[0, 0, 3], v[1, 0, 4], v[2] = torch.nan, 1e6, 2.5
-    kv4_triton.store(pool, torch.zeros(8, dtype=torch.long), torch.arange(8), torch.randn(8, 1, 64), v)
+    basis = Basis.plain(1, 64)
+    kv4_triton.store(pool, torch.zeros(8, dtype=torch.long), torch.arange(8), torch.randn(8, 1, 64), v, basis)
     found = unpack_rows(pool[0, 0, 1], 64)
     assert not found[0].isfinite().any()
     assert torch.equal(found[2], torch.full((64,), 2.5))
-    expected = unpack_rows(pack_rows(v[:, 0]), 64)
-    torch.testing.assert_close(found[1:], expected[1:], rtol=1e-3, atol=1e-3)
+    expected = unpack_rows(pack_rows(v, basis.value_feedback), 64)[1:, 0]
+    torch.testing.assert_close(found[1:], expected, rtol=1e-3, atol=1e-3)
     assert float(found[1, 4]) == pytest.approx(65504, rel=0.01)
 
 

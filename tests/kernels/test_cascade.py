@@ -16,7 +16,8 @@ SIZE = 8
 
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("window", [None, 20])
-def test_sequences_that_begin_alike(seed: int, window: int | None) -> None:
+@pytest.mark.parametrize("transposed", [False, True])
+def test_sequences_that_begin_alike(seed: int, window: int | None, transposed: bool) -> None:
     rng = random.Random(seed)
     torch.manual_seed(seed)
     kv_heads, group, dim = rng.choice([1, 2, 3]), rng.choice([1, 3, 4]), rng.choice([8, 20, 64])
@@ -47,6 +48,9 @@ def test_sequences_that_begin_alike(seed: int, window: int | None) -> None:
     q = torch.randn(row, kv_heads * group, dim)
     k = torch.cat([keys[span.start :] for (keys, _), span in zip(histories, spans, strict=True)])
     v = torch.cat([values[span.start :] for (_, values), span in zip(histories, spans, strict=True)])
+    if transposed:  # as products of few rows leave them
+        q, k, v = (x.flatten(1).t().contiguous().t().view(x.shape) for x in (q, k, v))
+        assert row == 1 or q.stride(-1) == row
     batch = prepare(spans, SIZE, window, torch.float32).to(torch.device("cpu"))
     assert bool(batch.contexts) == (
         window is None and any(common_pages([s.pages for s in spans], [s.shared for s in spans]))

@@ -13,7 +13,8 @@ from torch import Tensor
 from flexbatch.kernels import kv4
 from flexbatch.kernels.attention import attend, prepare
 from flexbatch.kernels.kv4 import attend_packed, pack_rows, store_packed, unpack_rows
-from flexbatch.kernels.kv4_basis import Basis, BasisFinder, rotation, turned
+from flexbatch.kernels.kv4_basis import Basis, rotation, turned
+from flexbatch.kernels.kv4_finder import BasisFinder
 from flexbatch.kernels.rotary import RotaryTable, apply_rotary
 from flexbatch.policy.footprint import kv_group, kv_head_bytes
 from flexbatch.shapes import Rope
@@ -38,7 +39,7 @@ def decoded(row: Tensor, dim: int) -> list[float]:
 def test_rows_are_what_the_format_says(dim: int) -> None:
     torch.manual_seed(dim)
     x = torch.randn(3, 2, dim)
-    rows = pack_rows(x)
+    rows = pack_rows(x, Basis.plain(2, dim).key_feedback)
     assert rows.shape == (3, 2, kv_head_bytes(dim))
     numbers = unpack_rows(rows, dim)
     expected = torch.tensor([decoded(row, dim) for row in rows.view(6, -1)], dtype=torch.float64).float()
@@ -55,10 +56,10 @@ def test_capacity() -> None:
 
 
 def test_numbers_beyond_fp16_and_none() -> None:
-    x = torch.randn(3, 64)
-    x[0, 5], x[1, 3] = 1e6, torch.nan
-    found = unpack_rows(pack_rows(x), 64)
-    assert float(found[0, 5]) == pytest.approx(65504, rel=0.01)
+    x = torch.randn(3, 1, 64)
+    x[0, 0, 5], x[1, 0, 3] = 1e6, torch.nan
+    found = unpack_rows(pack_rows(x, Basis.plain(1, 64).key_feedback), 64)
+    assert float(found[0, 0, 5]) == pytest.approx(65504, rel=0.01)
     assert not found[1].isfinite().any()
     assert found[2].isfinite().all()
 
@@ -107,10 +108,12 @@ def packed(case: Case, basis: Basis, turns: Tensor | None) -> tuple[Tensor, Case
             store_packed(pool, *at, keys[part], values[part], positions[part], basis, turns)
         first = (positions == 0).view(-1, 1, 1)
         read = unpack_rows(pool[where, :, :, offsets].contiguous(), dim)  # [L, KV, 2, D]
-        stored = (read[:, :, 0] + first * basis.first_keys).double().unsqueeze(2)
-        found = (stored @ torch.linalg.inv(basis.keys.double())).squeeze(2)
-        found += turned(basis.means, None if turns is None else turns[positions]).double()
-        histories.append((found, (read[:, :, 1] + first * basis.first_values) @ basis.values.t()))
+        found = []
+        for place, special, forth in ((0, basis.first_keys, basis.keys), (1, basis.first_values, basis.values)):
+            stored = (read[:, :, place] + first * special).double().unsqueeze(2)
+            found.append((stored @ torch.linalg.inv(forth.double())).squeeze(2))
+        found[0] += turned(basis.means, None if turns is None else turns[positions]).double()
+        histories.append((found[0], found[1] + basis.value_means))
     return pool, replace(case, histories=tuple(histories))
 
 
@@ -160,7 +163,7 @@ def test_a_basis_takes_away_what_keys_have_in_common(rotary: bool) -> None:
     positions = torch.arange(256)
     errors = []
     for basis in (Basis.plain(2, 64), finder.find(turns)):
-        keys = unpack_rows(pack_rows(basis.stored_keys(k, positions, turns)), 64)
+        keys = unpack_rows(pack_rows(basis.stored_keys(k, positions, turns), basis.key_feedback), 64)
         keys[0] += basis.first_keys
         scores = torch.einsum("tkgd,lkd->tkgl", basis.meeting(q).view(256, 2, 2, 64), keys)
         if turns is not None:

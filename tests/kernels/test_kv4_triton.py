@@ -45,7 +45,7 @@ def test_attention_compiles_and_fits(
 
 def test_store_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    types = {"layer": "*u8", "x": "*fp32", "pages": "*i64", "offsets": "*i64"}
-    types |= dict.fromkeys(("number", "page_stride", "x_token", "x_head"), "i32")
-    constants = {"KV_HEADS": 8, "GROUPS": 2, "HALF": 32, "WIDTH": 32, "PAGE": 64, "ROW": 72, "PLACE": 1, "ROWS": 16}
+    types = {"layer": "*u8", "x": "*fp32", "feedbacks": "*fp32", "pages": "*i64", "offsets": "*i64"}
+    types |= dict.fromkeys(("tokens", "page_stride", "x_token", "x_head"), "i32")
+    constants = {"GROUPS": 2, "HALF": 32, "WIDTH": 32, "PAGE": 64, "ROW": 72, "PLACE": 1, "ROWS": 16}
     assert compiled(kv4_triton._store_kernel, types, constants, num_warps=4).asm["cubin"]

@@ -27,15 +27,15 @@ def test_in_the_interpreter() -> None:
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
-@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize(("zeros", "middle"), [(False, 0), (True, 0), (True, 8)])
 @pytest.mark.parametrize(("rows", "outputs"), [(16, 32), (128, 64)])
 def test_product_compiles_and_fits(
-    rows: int, outputs: int, zeros: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rows: int, outputs: int, zeros: bool, middle: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     types = {"out": "*fp16", "x": "*fp16", "codes": "*u8", "scales": "*fp16", "offsets": "*u8" if zeros else "*fp16"}
     types |= {"rows": "i32", "outputs": "i32", "x_row": "i32"}
-    constants = {"IN": 4096, "GROUP": 64, "GROUPS": 64, "PER_SPLIT": 64, "INTEGER_ZEROS": zeros}
+    constants = {"IN": 4096, "GROUP": 64, "GROUPS": 64, "PER_SPLIT": 64, "INTEGER_ZEROS": zeros, "MIDDLE": middle}
     constants |= {"ROWS": rows, "OUTPUTS": outputs}
     kernel = compiled(packed_triton._product_kernel, types, constants, num_warps=4, num_stages=2)
     assert kernel.metadata.shared <= TURING_SHARED

@@ -16,6 +16,7 @@ from flexbatch.policy.profile import HardwareProfile, Processor, parse_profile
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("a100-40", "a10g", "h100", "l4", "rtx3060", "rtx3090", "rtx4090", "t4")
+PACKED = ("packed_attention", "packing")
 
 
 def gpu(name: str) -> Processor:
@@ -34,7 +35,7 @@ def test_every_figure_has_a_source(name: str) -> None:
     value = profile.to_json()
     figures = {f"{part}.{key}" for part in ("memory", "links") for key in value[part]}
     for tier in ("gpu", "cpu"):
-        figures |= {f"{tier}.{key}" for key in ("attention_bytes", "attention_flops", "step_s")}
+        figures |= {f"{tier}.{key}" for key in ("attention_bytes", "attention_flops", "step_s", *PACKED)}
         figures |= {f"{tier}.{kind}.{key}" for kind in ("products", "widened") for key in value[tier][kind]}
     assert set(profile.sources) == figures
     assert all(len(source) > 15 for source in profile.sources.values())
@@ -60,6 +61,10 @@ def test_figures_are_in_order(name: str) -> None:
             assert all(r1 / f1 <= r2 / f2 for (r1, f1), (r2, f2) in zip(curve.points, curve.points[1:], strict=False))
         # One row cannot be multiplied faster than its weights are read: two FLOPs for 2 or 4 bytes.
     assert processor.products["float16"].at(1) <= processor.attention_bytes
+    # Packed KV: fewer bytes, and work besides. It pays on a GPU; on a CPU, at least not many times less than fp32.
+    assert 1 < processor.packed_attention / (processor.attention_bytes / 2) < 4
+    assert 0.3 < profile.cpu.packed_attention / (profile.cpu.attention_bytes / 4) <= 4 / 0.5625
+    assert profile.cpu.packing < processor.packing < processor.packed_attention
 
 
 def test_machines_are_ordered_as_their_makers_say() -> None:

@@ -54,8 +54,20 @@ class Enumeration:
     def gain_names(self) -> set[str]:
         return {name for name, gain in zip(self.names, self.gain, strict=True) if gain}
 
+    def feasible(self) -> tuple[float, float] | None:
+        """The smallest and the largest block that the limits allow."""
+        number = np.array([*(float(name in self.gain_names) for name in self.names), 0.0])
+        rows = {"A_ub": self.upper, "b_ub": self.bounds, "method": "highs"}
+        if self.equal:
+            rows |= {"A_eq": np.array(self.equal), "b_eq": self.right}
+        least, most = linprog(number, **rows), linprog(-number, **rows)
+        return (least.fun, -most.fun) if least.status == most.status == 0 else None
+
     def best(self) -> float:
-        blocks = np.geomspace(1.0, self.most, 28)
+        ends = self.feasible()
+        if ends is None:
+            return 0.0
+        blocks = np.geomspace(max(1.0, ends[0]), min(self.most, ends[1]), 28)
         rates = [self.rate(block) for block in blocks]
         for _ in range(3):  # N / T is quasi-concave, for T is convex in N
             place = int(np.argmax(rates))

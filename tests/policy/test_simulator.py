@@ -9,7 +9,7 @@ from flexbatch.policy.cost import load_of
 from flexbatch.policy.search import chosen
 from flexbatch.policy.simulator import Simulator
 from flexbatch.policy.verdict import simulated
-from flexbatch.scheduler.lowering import Lowered
+from flexbatch.scheduler.step_list import Lowered
 from flexbatch.scheduler.steps import Kind, Resource, Step
 from tests.policy.cases import random_shop
 

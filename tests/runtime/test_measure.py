@@ -19,7 +19,7 @@ from flexbatch.errors import DoesNotFitError, UsageError
 from flexbatch.kernels.attention import attend as real_attend
 from flexbatch.memory.direct import DirectReader, ReadPlan
 from flexbatch.policy.machines import load_profile
-from flexbatch.policy.profile import PACKED_FIGURES, HardwareProfile, parse_profile
+from flexbatch.policy.profile import OPTIONAL_FIGURES, HardwareProfile, parse_profile
 from flexbatch.runtime import hardware, probes, processor_probes, profile_cache
 from flexbatch.runtime.device import CpuDevice, SimDevice
 from flexbatch.runtime.measure import FULL, QUICK, Effort, measure
@@ -274,8 +274,11 @@ def assert_every_figure_has_a_source(profile: HardwareProfile) -> None:
     names = {f"{part}.{name}" for part in ("memory", "links") for name in value[part]}
     for tier in ("gpu", "cpu"):
         if tier in value:
-            names |= {f"{tier}.{name}" for name in ("attention_bytes", "attention_flops", *PACKED_FIGURES, "step_s")}
+            names |= {f"{tier}.{name}" for name in ("attention_bytes", "attention_flops", *OPTIONAL_FIGURES, "step_s")}
             names |= {f"{tier}.{kind}.{name}" for kind in ("products", "widened") for name in value[tier][kind]}
+            names |= {f"{tier}.{name}" for name in ("attend_s", "loose") if name in value[tier]}
+    assert value["cpu"]["attend_s"] > 0
+    assert ("loose" in value["cpu"]) == ("gpu" not in value)
     assert names == set(profile.sources)
 
 

@@ -19,6 +19,7 @@ ACTIONS = st.lists(
 def test_no_leak_no_overlap(capacity: int, actions: list[tuple[str, int, int, int]]) -> None:
     allocator = PageAllocator(capacity)
     tables = [PageTable() for _ in range(6)]
+    most = 0
     for action, who, pages, extra in actions:
         table = tables[who]
         if action == "grow":
@@ -36,6 +37,8 @@ def test_no_leak_no_overlap(capacity: int, actions: list[tuple[str, int, int, in
                 allocator.share(other, table.pages[:extra])
         held = [page for table in tables for page in table.pages]
         assert len(set(held)) == allocator.used == allocator.capacity - allocator.available
+        most = max(most, allocator.used)
+        assert allocator.peak == most
         assert all(0 <= page < capacity for page in held)
         assert all(len(set(table.pages)) == len(table.pages) for table in tables)
     for table in tables:

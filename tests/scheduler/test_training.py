@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from flexbatch.scheduler.lowering import Lowered, Routes
+from flexbatch.scheduler.lowering import Routes
+from flexbatch.scheduler.step_list import Lowered
 from flexbatch.scheduler.steps import Step
-from flexbatch.scheduler.training import Visit, cut, forward_order, reverse_order, riding_order
+from flexbatch.scheduler.training import (
+    Visit,
+    cut,
+    cut_batches,
+    forward_order,
+    in_reverse,
+    reverse_order,
+    riding_order,
+    riding_sweeps,
+)
 from flexbatch.scheduler.training_lowering import TrainingLowerer
 
 
@@ -35,7 +46,34 @@ def test_every_token_is_in_one_window(seed: int) -> None:
         assert rows == list(range(batch.tokens))
 
 
-@pytest.mark.parametrize("order", [reverse_order, riding_order])
+@pytest.mark.parametrize("seed", range(10))
+def test_borders_of_batches_are_kept(seed: int) -> None:
+    rng = random.Random(seed)
+    sizes = [rng.randint(0, 4) for _ in range(rng.randint(1, 4))]
+    counts = [rng.choice([0, 1, rng.randint(2, 9)]) for _ in range(sum(sizes))]
+    found = cut_batches(counts, sizes, 12)
+    expected = []
+    for number, size in enumerate(sizes):
+        first = sum(sizes[:number])
+        own = cut(counts[first : first + size], 12)
+        expected += [(tuple(first + each for each in batch.examples), batch.counts, batch.windows) for batch in own]
+    assert [(batch.examples, batch.counts, batch.windows) for batch in found] == expected
+
+
+def in_groups(together: int, done: int) -> Callable[[int, int, int], list[Visit]]:
+    """Riding with several micro-batches a sweep; after so many sweeps, what is left at once."""
+
+    def order(layers: int, batches: int, lowest: int) -> list[Visit]:
+        sweeps = riding_sweeps(layers, batches, lowest, together)
+        ridden = [Visit(group, tasks) for sweep in sweeps[:done] for group, tasks in sweep.items()]
+        return ridden + in_reverse(sweeps[done:])
+
+    return order
+
+
+@pytest.mark.parametrize(
+    "order", [reverse_order, riding_order, in_groups(1, 0), in_groups(3, 2), in_groups(2, 5), in_groups(4, 99)]
+)
 @pytest.mark.parametrize("lowest", [0, 1, 3, 6])
 def test_each_batch_passes_every_group_forward_then_back(order: object, lowest: int) -> None:
     layers, batches = 5, 4

@@ -1,0 +1,187 @@
+"""Finetuning a model larger than its memory cap: ours, and PEFT with gradient checkpointing on accelerate's offload.
+
+    python -m benchmarks.finetune_offload make --model DIR       write a random model (fp16) whose layers are 1.4 GB
+    python -m benchmarks.finetune_offload all --model DIR [--cap 1.5GB] [--sizes 1,4] [--tokens 128] [--output FILE]
+
+One accumulation (forward and backward, no optimizer step) of rank 16 on all linear layers, every token but the first a
+target. Every run is a process of its own inside a memory control group of ``--cap`` bytes, page cache included (root
+needed). accelerate keeps in RAM what fits and offloads the rest to disk, in fp32 and in bf16; it is given the part of
+RAM that lets it live. ``--sizes``: rows of an accumulation; the best tokens per second of each system count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.out_of_core import in_group
+from flexbatch.units import parse_size
+
+RANK, ALPHA = 16, 32
+SHAPE: dict[str, Any] = {
+    "hidden_size": 1536,
+    "intermediate_size": 5376,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "vocab_size": 8000,
+    "max_position_embeddings": 4096,
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One example, every token but the first a target."""
+
+    tokens: tuple[int, ...]
+    trained: tuple[bool, ...]
+
+
+def make(options: argparse.Namespace) -> None:
+    """Write the model in fp16."""
+    import transformers
+
+    config = transformers.LlamaConfig(**SHAPE)
+    torch.manual_seed(0)
+    model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float16)
+    model.save_pretrained(options.model)
+
+
+def rows_of(options: argparse.Namespace) -> list[list[int]]:
+    """Random tokens."""
+    generator = torch.Generator().manual_seed(1)
+    found: list[list[int]] = torch.randint(3, 8000, (options.rows, options.tokens), generator=generator).tolist()
+    return found
+
+
+def ours(options: argparse.Namespace) -> None:
+    """Two accumulations of ours; the second one is timed."""
+    from flexbatch.checkpoint.locate import locate
+    from flexbatch.finetune.parameters import Parameters
+    from flexbatch.finetune.trainer import Trainer
+    from flexbatch.options import EngineOptions
+
+    folder = locate(str(options.model))
+    parameters = Parameters.create(folder.shape, rank=RANK, alpha=ALPHA, target_modules="all-linear", seed=0)
+    engine = EngineOptions(device="cpu", cpu_memory=parse_size(options.memory), disk_dir=options.disk_dir)
+    rows = [Row(tuple(row), (False, *[True] * (options.tokens - 1))) for row in rows_of(options)]
+    total = options.rows * options.tokens
+    with Trainer(folder, parameters, engine, tokens=total, longest=options.tokens) as trainer:
+        for _ in range(2):
+            started = time.perf_counter()
+            loss = trainer.accumulate(rows, 1 / total)
+            seconds = time.perf_counter() - started
+        print(json.dumps({"seconds": seconds, "loss": loss.total / loss.tokens, "disk": trainer.plan.weights.disk}))
+
+
+def theirs(options: argparse.Namespace) -> None:
+    """Two accumulations of PEFT's; the second one is timed."""
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    warnings.simplefilter("ignore")
+    dtype = getattr(torch, options.system)
+    with tempfile.TemporaryDirectory(dir=options.disk_dir) as folder:
+        base = transformers.AutoModelForCausalLM.from_pretrained(
+            options.model,
+            dtype=dtype,
+            device_map="auto",
+            max_memory={"cpu": parse_size(options.memory)},
+            offload_folder=folder,
+        )
+        model: Any = get_peft_model(
+            base, LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, target_modules="all-linear")
+        )
+        model.train()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+        ids = torch.tensor(rows_of(options))
+        for _ in range(2):
+            started = time.perf_counter()
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            seconds = time.perf_counter() - started
+        placed = getattr(base, "hf_device_map", {})
+        disk = sum(place == "disk" for place in placed.values()) / max(1, len(placed))
+        print(json.dumps({"seconds": seconds, "loss": float(loss.detach()), "disk": disk}))
+
+
+def one(options: argparse.Namespace) -> None:
+    """One system in this process."""
+    if options.system == "ours":
+        ours(options)
+    else:
+        theirs(options)
+
+
+def everything(options: argparse.Namespace) -> None:
+    """All systems and sizes, each in a process with the cap."""
+    results: list[dict[str, Any]] = []
+    for rows in map(int, options.sizes.split(",")):
+        for system, memory in (
+            ("ours", options.our_memory),
+            ("float32", options.their_memory),
+            ("bfloat16", options.their_memory),
+        ):
+            command = [sys.executable, "-m", "benchmarks.finetune_offload", "one", "--model", str(options.model)]
+            command += ["--system", system, "--memory", memory, "--rows", str(rows), "--tokens", str(options.tokens)]
+            code, out, err, _ = in_group([*command, "--disk-dir", str(options.disk_dir)], parse_size(options.cap))
+            found: dict[str, Any] = {"system": system, "rows": rows, "exit_code": code}
+            if code == 0:
+                found |= json.loads(out.strip().splitlines()[-1])
+                found["tokens_per_s"] = rows * options.tokens / found["seconds"]
+            else:
+                found["error"] = err.strip().splitlines()[-1:] if err.strip() else []
+            print(found, file=sys.stderr, flush=True)
+            results.append(found)
+    best = {
+        who: max(
+            (each.get("tokens_per_s", 0.0) for each in results if (each["system"] == "ours") == is_ours), default=0
+        )
+        for who, is_ours in (("ours", True), ("PEFT", False))
+    }
+    report = {
+        "what": "tokens per second of one accumulation of LoRA finetuning under a memory cap",
+        "cap": options.cap,
+        "tokens": options.tokens,
+        "shape": SHAPE,
+        "threads": torch.get_num_threads(),
+        "results": results,
+        "ratio": best["ours"] / best["PEFT"] if best["PEFT"] else None,
+    }
+    print(json.dumps(report, indent=1))
+    if options.output is not None:
+        options.output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def main() -> None:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("command", choices=("make", "all", "one"))
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--cap", default="1.5GB")
+    parser.add_argument("--our-memory", default="700MB")
+    parser.add_argument("--their-memory", default="400MB")
+    parser.add_argument("--sizes", default="1,4")
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--disk-dir", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--system", help=argparse.SUPPRESS)
+    parser.add_argument("--memory", help=argparse.SUPPRESS)
+    parser.add_argument("--rows", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    {"make": make, "all": everything, "one": one}[options.command](options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""One call for gradients on its way through the weights: what is done of it, what comes next. Touches no tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import Self
+
+from flexbatch.policy.coserving import CoservingPlan
+from flexbatch.scheduler.steps import Kind, Resource
+from flexbatch.scheduler.training import (
+    LearningBatch,
+    Task,
+    Visit,
+    forward_order,
+    in_reverse,
+    reverse_order,
+    riding_sweeps,
+)
+from flexbatch.scheduler.training_lowering import Passage
+
+INPUT_STEPS: Mapping[Kind, Resource] = {
+    "input_down": "d2h",
+    "input_write": "disk_write",
+    "input_read": "disk_read",
+    "input_up": "h2d",
+}
+"""Steps that move saved inputs, and what they keep busy."""
+
+
+@dataclass(slots=True)
+class Trip:
+    """Micro-batches that are on their way together.
+
+    Riding: ``sweeps`` by group, of which ``done`` are over. Else ``passes``, each one forward and back, of which
+    ``done`` are over. ``arrived`` gets an entry once all is done, or will never be.
+    """
+
+    batches: list[LearningBatch]
+    training: bool
+    sweeps: list[dict[int, tuple[Task, ...]]]
+    passes: list[list[Visit]]
+    done: int = 0
+    passage: Passage | None = None
+    arrived: SimpleQueue[None] = field(default_factory=SimpleQueue)
+
+    @classmethod
+    def of(cls, batches: list[LearningBatch], layers: int, lowest: int, plan: CoservingPlan, *, training: bool) -> Self:
+        """A trip in the plan's order; one that only measures the loss goes forward once."""
+        count = len(batches)
+        if plan.order == "riding" and training:
+            return cls(batches, training, riding_sweeps(layers, count, lowest, plan.together), [])
+        if plan.order == "riding":
+            ahead = {visit.group: visit.tasks for visit in forward_order(layers, count)}
+            return cls(batches, training, [ahead], [])
+        firsts = range(0, count, plan.together)
+        sizes = [min(plan.together, count - first) for first in firsts]
+        if training:
+            passes = [reverse_order(layers, size, lowest, first) for first, size in zip(firsts, sizes, strict=True)]
+        else:
+            passes = [forward_order(layers, size, first) for first, size in zip(firsts, sizes, strict=True)]
+        return cls(batches, training, [], passes)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.done >= max(len(self.sweeps), len(self.passes))
+
+    def portion(self) -> list[Visit]:
+        """The next pass, which counts as done; of a trip that rides, all that is left."""
+        if self.sweeps:
+            return self.rest()
+        self.done += 1
+        return self.passes[self.done - 1]
+
+    def rest(self) -> list[Visit]:
+        """All that is left, in one sweep forward and one back; it counts as done."""
+        if self.sweeps:
+            left = self.sweeps[self.done :]
+        else:
+            left = [_by_group(visits) for visits in self.passes[self.done :]]
+        self.done = max(len(self.sweeps), len(self.passes))
+        return in_reverse(left)
+
+
+def _by_group(visits: Sequence[Visit]) -> dict[int, tuple[Task, ...]]:
+    found: dict[int, tuple[Task, ...]] = {}
+    for visit in visits:
+        found[visit.group] = (*found.get(visit.group, ()), *visit.tasks)
+    return found
