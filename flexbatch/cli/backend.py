@@ -161,7 +161,7 @@ class Backend:
 
     def parameters(self, task: FinetuneTask) -> NamedTensors:
         """Return the factors that a training begins with."""
-        from flexbatch.finetune.start import parameters_of
+        from flexbatch.finetune.factors import parameters_of
 
         return parameters_of(task)
 

@@ -9,10 +9,10 @@ import threading
 from typing import Any
 
 from flexbatch.finetune.coserving import CoServingTrainer, EndedError
+from flexbatch.finetune.factors import parameters_of
 from flexbatch.finetune.job import FinetuneJob, FinetuneTask, Sizes
 from flexbatch.finetune.optimizer import NamedTensors
 from flexbatch.finetune.options import SHARE
-from flexbatch.finetune.start import parameters_of
 from flexbatch.finetune.training import Observer
 from flexbatch.models.registry import family_of
 from flexbatch.models.spec import model_size

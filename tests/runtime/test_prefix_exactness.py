@@ -108,7 +108,7 @@ def scarce(monkeypatch: pytest.MonkeyPatch, longest: int) -> None:
 
     def few(shop: Any, choice: Any, *rest: Any) -> dict[str, int] | None:
         pages = plenty(shop, choice, *rest)
-        most = 2 - -longest // choice.cut.page_tokens
+        most = 1 - -longest // choice.cut.page_tokens
         return None if pages is None else {tier: min(count, most) for tier, count in pages.items()}
 
     monkeypatch.setattr(candidates, "pages_of", few)
@@ -198,7 +198,7 @@ def test_one_row_at_a_time_is_equal_to_the_bit(setting: str, kv_bits: int, tmp_p
     options = {**SETTINGS[setting], "max_sequences": 1, "micro_batch": stem, "kv_bits": kv_bits}
     alone, _ = run(path, requests, share_prefixes=False, **options)
     shared, stats = run(path, requests, **options)
-    assert stats["shared_prompt_tokens"] >= 9 * stem - 3 * stem
+    assert stats["shared_prompt_tokens"] >= (9 - 3) * stem // 2  # one page of each stem, at least
     assert {name: (result.token_ids, result.logprobs) for name, result in shared.items()} == {
         name: (result.token_ids, result.logprobs) for name, result in alone.items()
     }
