@@ -117,9 +117,10 @@ def by_head(x: Tensor, matrices: Tensor) -> Tensor:
     """Numbers x [T, heads, D] times the matrix of each head's KV head, ``matrices`` [kv_heads, D, D]; x's dtype."""
     tokens, heads, dim = x.shape
     kv_heads = matrices.shape[0]
-    grouped = x.view(tokens, kv_heads, -1, dim).transpose(0, 1).reshape(kv_heads, -1, dim)
+    group = heads // kv_heads
+    grouped = x.view(tokens, kv_heads, group, dim).transpose(0, 1).reshape(kv_heads, tokens * group, dim)
     found = torch.matmul(grouped, matrices.to(x.dtype))
-    return found.view(kv_heads, tokens, -1, dim).transpose(0, 1).reshape(tokens, heads, dim)
+    return found.view(kv_heads, tokens, group, dim).transpose(0, 1).reshape(tokens, heads, dim)
 
 
 def _without(x: Tensor, positions: Tensor, first: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ def test_figures_are_in_order(name: str) -> None:
     assert processor.products["float16"].at(1) <= processor.attention_bytes
     # Packed KV: fewer bytes, and work besides. It pays on a GPU; on a CPU, at least not many times less than fp32.
     assert 1 < processor.packed_attention / (processor.attention_bytes / 2) < 4
-    assert 0.3 < profile.cpu.packed_attention / (profile.cpu.attention_bytes / 4) <= 4 / 0.5625
+    assert 0.25 < profile.cpu.packed_attention / (profile.cpu.attention_bytes / 4) <= 4 / 0.5625
     assert profile.cpu.packing < processor.packing < processor.packed_attention
 
 
