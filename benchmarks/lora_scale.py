@@ -8,8 +8,10 @@
 As in S-LoRA's table: ranks 8, 16, 32 and 64 on q, k, v and o, a random adapter for each of 256 rows of 64 prompt and
 32 new tokens, fp32 on the CPU. ``run`` adds its figures to ``--output``, so that long measurements can be made in
 pieces; count 0 is the base model alone. ``extra_s`` of ours is what the products of the adapters and
-one pass over the factors for every decoding row cost at rates measured in the same process; ``cpu_s`` are seconds of
+one pass over the factors for every decoding row cost at rates measured in the same process; ``products_s`` what all
+products of base model and adapters cost alone: no run in fp32 takes less, whoever makes it. ``cpu_s`` are seconds of
 all processors, which say more than ``seconds`` where others compute on the same machine. ``sum`` adds the ratios.
+PEFT's batch sizes are each tried on at least one whole batch.
 """
 
 from __future__ import annotations
@@ -86,6 +88,8 @@ def run_flexbatch(options: argparse.Namespace, count: int) -> dict[str, Any]:
         times = _since(started)
         stats = llm.stats()
     assert all(result.completion_tokens == options.new for result in results)
+    extra, products = adapter_seconds(options, names)
+    products += stats["roofline_s"] - before["roofline_s"]
     steps = {name: stats["step_s"][name] - before["step_s"].get(name, 0.0) for name in stats["step_s"]}
     return {
         **times,
@@ -95,24 +99,29 @@ def run_flexbatch(options: argparse.Namespace, count: int) -> dict[str, Any]:
         "step_s": steps,
         "adapters": {name: value for name, value in stats["adapters"].items() if name != "rows"},
         "peak_bytes": stats["peak_bytes"]["cpu"],
-        "extra_s": extra_seconds(options, names),
+        "extra_s": extra,
+        "products_s": products,
     }
 
 
-def extra_seconds(options: argparse.Namespace, names: list[str | None]) -> float:
-    """What adapters cost at measured rates: a pass over the factors for each new token, and the prompts' products."""
+def adapter_seconds(options: argparse.Namespace, names: list[str | None]) -> tuple[float, float]:
+    """What adapters cost at measured rates, in seconds; and their products alone.
+
+    Prompts' products and, for each new token, a pass over the factors in fp32. The first one comes with the prompt.
+    """
     if not any(names):
-        return 0.0
-    numbers = torch.empty(2**26)
+        return 0.0, 0.0
+    numbers = torch.ones(2**26)  # written: pages that never were are all one, and come from a cache
     read = statistics.median(_timed(numbers.sum) for _ in range(3)) / numbers.nbytes
     a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
     flop = statistics.median(_timed(lambda: a @ b) for _ in range(5)) / (2 * 1024**3)
-    total = 0.0
-    for name in names:
-        file = options.adapters / str(name) / "adapter_model.safetensors"
-        elements = file.stat().st_size / 2
-        total += options.new * elements * 4 * read + options.prompt * elements * 2 * flop
-    return total
+    files = [options.adapters / str(name) / "adapter_model.safetensors" for name in names]
+    elements = sum(file.stat().st_size / 2 for file in files)
+    later = options.new - 1
+    return (
+        elements * (4 * read * later + 2 * flop * options.prompt),
+        elements * 2 * flop * (options.prompt + later),
+    )
 
 
 def _timed(function: Any) -> float:
@@ -142,14 +151,16 @@ def run_peft(options: argparse.Namespace, count: int) -> dict[str, Any]:
             model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **mixed, **_fixed(options))
         return _since(started)
 
-    trial = range(min(options.trial, options.rows))
-    sizes = [size for size in options.sizes if size <= len(trial)] or [len(trial)]
-    by_size = {size: generate(trial, size)["seconds"] for size in sizes} if len(sizes) > 1 else {}
+    sizes = sorted({min(size, options.rows) for size in options.sizes})
+    by_size: dict[int, float] = {}
+    for size in sizes if len(sizes) > 1 else []:
+        tried = min(max(size, options.trial // size * size), options.rows)
+        by_size[size] = generate(range(tried), size)["seconds"] / tried
     best = min(by_size, key=lambda size: by_size[size]) if by_size else sizes[0]
     rows = range(min(options.peft_rows, options.rows))
     times = generate(rows, best)
     tok_s = len(rows) * options.new / times["seconds"]
-    return {**times, "rows": len(rows), "tok_s": tok_s, "batch": best, "trial_s": by_size}
+    return {**times, "rows": len(rows), "tok_s": tok_s, "batch": best, "trial_s_a_row": by_size}
 
 
 def run_merge(options: argparse.Namespace, count: int) -> dict[str, Any]:
@@ -179,8 +190,10 @@ def _peft(options: argparse.Namespace, count: int) -> tuple[Any, list[str], list
     base = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
     prompts, named = work(options, count, base.config.vocab_size)
     names = [name or "__base__" for name in named]
-    limit = max(options.peft_rows, options.trial) if options.system == "peft" else options.rows
+    limit = max(options.peft_rows, options.trial, *options.sizes) if options.system == "peft" else options.rows
     used = sorted(set(names[:limit]) - {"__base__"})
+    if options.system == "merge":
+        used = used[: options.merges]
     model: Any = base
     for name in used:
         folder = options.adapters / name
@@ -240,6 +253,10 @@ def summary(report: dict[str, Any]) -> dict[str, Any]:
     for count in ("0", "100"):
         compare(f"ours to PEFT's at {count}", ours.get(int(count)), report.get("peft", {}).get(count))
     compare("ours to merging at 100", ours.get(100), report.get("merge", {}).get("100"))
+    if 100 in ours and "100" in report.get("peft", {}):
+        mixed, peft = ours[100], report["peft"]["100"]
+        least = mixed["products_s"] / mixed["rows"]
+        ratios["most that any fp32 run can be of PEFT's at 100"] = {"by_clock": peft["seconds"] / peft["rows"] / least}
     if 0 in ours and 1000 in ours:
         base, many = ours[0], ours[1000]
         extra = many["extra_s"]
@@ -265,7 +282,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--adapter-memory", help="the arena's size (default: as the plan has it)")
-    parser.add_argument("--sizes", type=lambda text: [int(size) for size in text.split(",")], default=[8, 32])
+    parser.add_argument("--sizes", type=lambda text: [int(size) for size in text.split(",")], default=[32, 64, 128])
     parser.add_argument("--trial", type=int, default=32, help="rows on which PEFT's batch sizes are tried")
     parser.add_argument("--peft-rows", type=int, default=256, help="rows that PEFT is timed on")
     parser.add_argument("--merges", type=int, default=16, help="adapters that merging is timed on")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,9 @@ from flexbatch.models.spec import model_size
 from flexbatch.options import EngineOptions
 from flexbatch.policy.coserving import inputs_tier, plan_coserving, reserved
 from flexbatch.policy.cost import traffic
+from flexbatch.policy.footprint import UnitSize
 from flexbatch.policy.machine import Machine
+from flexbatch.policy.memory import sized
 from flexbatch.policy.plan import Plan
 from flexbatch.policy.training import WINDOW, TrainingJob, plan_training
 from flexbatch.policy.training_time import learning_cost, pass_timing
@@ -80,7 +83,7 @@ class FinetunePlanner:
             packed=plan.weight_bits == 4,
             logit_rows=1,
         )
-        weights = traffic(shop.units, placement.tiers, cost.precision, compute, layers + 1)
+        weights = traffic(sized(shop.units, plan.weight_bits), placement.tiers, cost.precision, compute, layers + 1)
         both = plan_coserving(
             self._size,
             self._job,
@@ -91,24 +94,26 @@ class FinetunePlanner:
             share=self._asked.share,
             batches=len(batches),
         )
-        return {"steps": self._steps, "together": both.to_json(), "alone": self._alone(shop)}
+        return {
+            "steps": self._steps,
+            "together": both.to_json(),
+            "alone": self._alone(shop, sized(shop.units, plan.weight_bits)),
+        }
 
-    def _alone(self, shop: Shop) -> dict[str, Any] | None:
+    def _alone(self, shop: Shop, units: Sequence[UnitSize]) -> dict[str, Any] | None:
         """One batch after the other without generation; None if it does not fit."""
         sizes = self._sizes[:1]
         counts = self._counts[: sizes[0]]
         job = replace(self._job, tokens=sum(counts), longest=max(counts))
         try:
-            plan = plan_training(
-                self._size, shop.units, job, self._options, self._machine, stored_dtype=shop.stored_dtype
-            )
+            plan = plan_training(self._size, units, job, self._options, self._machine, stored_dtype=shop.stored_dtype)
         except DoesNotFitError:
             return None
         batches = cut_batches(counts, sizes, job.window)
         visits = reverse_order(self._size.shape.num_layers, len(batches), job.lowest)
         timing = pass_timing(
             self._size,
-            shop.units,
+            units,
             plan,
             visits,
             batches,

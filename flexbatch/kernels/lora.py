@@ -25,6 +25,8 @@ BACKENDS: dict[str, str] = {"cuda": "flexbatch.kernels.lora_triton"}
 _RUNS = 8  # of rows, up to which each is added on its own: adding to scattered rows is many times slower
 _FEW = 8  # rows of one adapter from which on products of their own are faster than the sparse ones of all adapters
 
+_DISTINCT = 0.75  # adapters to a row, below which rows are put side by side by adapter: a cache then reads each once
+
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 
@@ -36,9 +38,9 @@ class RowGroups:
     ``spans``: (adapter, first row, row after the last) of many rows of one adapter that lie together: products read
     and write them where they are. ``order``: all other rows, those of one adapter side by side: first those of
     ``many``: (adapter, its first and last place in the order, the latter not included), where an adapter has more than
-    a few; then, in their own order, the few rows of all others, ``owners`` being the adapter of each. ``runs``: (row,
-    place in ``back``, rows) of unbroken runs of rows, where ``back`` are the places of rows in the order; both only
-    serve to write results fast.
+    a few; then the few rows of all others, ``owners`` being the adapter of each: in their own order, unless so many
+    share adapters that it pays to have those side by side. ``runs``: (row, place in ``back``, rows) of unbroken runs of
+    rows, where ``back`` are the places of rows in the order; both only serve to write results fast.
     """
 
     spans: list[tuple[int, int, int]]
@@ -105,7 +107,7 @@ class FlatFactors:
     """One module's factors of several adapters in flat memory.
 
     ``a`` [*, in] and ``b`` [*, out] are all of it, seen as rows; adapter i has ``ranks[i]`` of them (0: nothing for
-    this module) from ``a_rows[i]`` and ``b_rows[i]`` on.
+    this module) from ``a_rows[i]`` and ``b_rows[i]`` on. Modules with the same input share ``a``.
     """
 
     a: Tensor
@@ -114,6 +116,11 @@ class FlatFactors:
     scales: Floats
     a_rows: Ints
     b_rows: Ints
+
+    def b_of(self, adapter: int) -> Tensor:
+        """An adapter's b, transposed [rank, out]."""
+        first = int(self.b_rows[adapter])
+        return self.b[first : first + int(self.ranks[adapter])]
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +156,8 @@ def group_rows(spans: Sequence[tuple[int, int, int]], *, few: int = _FEW) -> Row
     counts = np.bincount(owners)
     large = np.flatnonzero(counts >= few)
     keys = np.full(len(counts), len(large))
+    if np.count_nonzero(counts) - len(large) < _DISTINCT * counts[counts < few].sum():
+        keys += np.arange(len(counts))
     keys[large] = np.arange(len(large))
     places = np.argsort(keys[owners], kind="stable")
     stops = np.cumsum(counts[large]).tolist()
@@ -170,35 +179,41 @@ def _steps(lengths: Ints) -> Ints:
     return steps
 
 
-def add_flat(y: Tensor, x: Tensor, groups: RowGroups, factors: FlatFactors) -> None:
-    """Add to the rows of y [T, out] what their adapters make of those of x [T, in], in place.
+def add_flat(outputs: Sequence[Tensor], x: Tensor, groups: RowGroups, modules: Sequence[FlatFactors]) -> None:
+    """Add to the rows of every output [T, out_i] what the adapters of module i make of those of x [T, in], in place.
 
-    Both are fp32 on the CPU. Factors are read where they are: an adapter's few rows cost one pass over its factors,
-    all adapters together two calls; where it has many rows, two products of its own.
+    All are fp32 on the CPU. Factors are read where they are: an adapter's few rows cost one pass over its factors,
+    all adapters together two calls a module; where it has many rows, products of its own.
     """
     for adapter, first, stop in groups.spans:
-        a, b = _factors(factors, adapter)
-        y[first:stop].addmm_(x[first:stop] @ a.t(), b, alpha=float(factors.scales[adapter]))
+        for y, inner, factors in zip(outputs, _inner(x[first:stop], adapter, modules), modules, strict=True):
+            y[first:stop].addmm_(inner, factors.b_of(adapter), alpha=float(factors.scales[adapter]))
     if not len(groups.order):
         return
     own = groups.take(x)
     if not groups.many:
-        groups.give(y, _few(own, groups, factors))
+        for y, factors in zip(outputs, modules, strict=True):
+            groups.give(y, _few(own, groups, factors))
         return
-    delta = own.new_empty(own.shape[0], y.shape[1])
+    deltas = [own.new_empty(own.shape[0], y.shape[1]) for y in outputs]
     for adapter, first, stop in groups.many:
-        a, b = _factors(factors, adapter)
-        torch.mm((own[first:stop] @ a.t()).mul_(float(factors.scales[adapter])), b, out=delta[first:stop])
-    if len(groups.owners):
-        delta[groups.first_few :] = _few(own[groups.first_few :], groups, factors)
-    groups.give(y, delta)
+        for delta, inner, factors in zip(deltas, _inner(own[first:stop], adapter, modules), modules, strict=True):
+            delta[first:stop].addmm_(inner, factors.b_of(adapter), beta=0, alpha=float(factors.scales[adapter]))
+    for y, delta, factors in zip(outputs, deltas, modules, strict=True):
+        if len(groups.owners):
+            delta[groups.first_few :] = _few(own[groups.first_few :], groups, factors)
+        groups.give(y, delta)
 
 
-def _factors(factors: FlatFactors, adapter: int) -> tuple[Tensor, Tensor]:
-    """An adapter's a [rank, in] and b transposed [rank, out], where they lie."""
-    rank = int(factors.ranks[adapter])
-    a, b = int(factors.a_rows[adapter]), int(factors.b_rows[adapter])
-    return factors.a[a : a + rank], factors.b[b : b + rank]
+def _inner(x: Tensor, adapter: int, modules: Sequence[FlatFactors]) -> Sequence[Tensor]:
+    """X @ a.T of every module; one product where the factors lie one behind the other."""
+    ranks = [int(factors.ranks[adapter]) for factors in modules]
+    firsts = [int(factors.a_rows[adapter]) for factors in modules]
+    behind = [first + rank for first, rank in zip(firsts, ranks, strict=True)]
+    memory = modules[0].a
+    if firsts[1:] == behind[:-1]:
+        return (x @ memory[firsts[0] : behind[-1]].t()).split(ranks, dim=1)
+    return [x @ memory[first:stop].t() for first, stop in zip(firsts, behind, strict=True)]
 
 
 def _few(own: Tensor, groups: RowGroups, factors: FlatFactors) -> Tensor:

@@ -35,8 +35,9 @@ class ModuleIndex:
 class FlatLayout:
     """Factors in rows of flat memory: all rows of one width lie together, so that memory seen in that width has them.
 
-    Arrays are by module number: ``ranks`` (0: not changed), ``scales``, and the first rows of both factors (b
-    transposed) among those of their width, of which there are ``rows[w]``.
+    Modules that read the same input have their factors a one behind the other: one product may read them all. Arrays
+    are by module number: ``ranks`` (0: not changed), ``scales``, and the first rows of both factors (b transposed)
+    among those of their width, of which there are ``rows[w]``.
     """
 
     ranks: Ints
@@ -54,12 +55,13 @@ class FlatLayout:
         scales = np.zeros(count, dtype=np.float32)
         rows = np.zeros(len(index.widths), dtype=np.int64)
         place = {width: number for number, width in enumerate(index.widths)}
-        for part in parts:
+        sides = [(a_rows, part, part.module.in_features) for part in parts]
+        sides += [(b_rows, part, part.module.out_features) for part in parts]
+        for first, part, width in sides:
             number = index.number[part.module.name]
             ranks[number], scales[number] = part.rank, part.scale
-            for first, width in ((a_rows, part.module.in_features), (b_rows, part.module.out_features)):
-                first[number] = rows[place[width]]
-                rows[place[width]] += part.rank
+            first[number] = rows[place[width]]
+            rows[place[width]] += part.rank
         widths = np.array(index.widths)
         elements = int((rows * widths).sum() + (widths[rows > 0] - 1).sum())
         return cls(ranks, scales, a_rows, b_rows, rows, elements)

@@ -1,4 +1,9 @@
-"""Reads the factors of an adapter from its file to where they are to lie, widened on the way. Knows no layout."""
+"""Reads the factors of an adapter from its file to where they are to lie, widened on the way. Knows no layout.
+
+What it does to numbers it does in pieces that torch keeps in the calling thread. A second thread with a team of its own
+for parallel pieces would do more harm than its turns cost: with more threads than processors, OpenMP no longer waits
+actively between the products of the first one, and every small product of a run then begins with a system call.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +17,8 @@ from flexbatch.checkpoint.tensors import DTYPES
 from flexbatch.lora.adapter import Adapter, AdapterPart, Factor, UnreadableAdapterError
 
 Place = Callable[[AdapterPart], tuple[Tensor, Tensor]]
+
+_SERIAL = 32767  # numbers that torch goes through in the calling thread
 
 
 class FactorReader:
@@ -35,8 +42,8 @@ class FactorReader:
         self._fill(adapter, begin, end)
         for part in adapter.parts:
             a, b = place(part)
-            a.copy_(self._view(part.a, begin))
-            b.copy_(self._view(part.b, begin).t())
+            _copy(a, self._view(part.a, begin))
+            _copy(b, self._view(part.b, begin).t())
 
     def _fill(self, adapter: Adapter, begin: int, end: int) -> None:
         target = self._buffer.numpy().data
@@ -64,3 +71,16 @@ class FactorReader:
         if (factor.offset - begin) % dtype.itemsize:
             raw = raw.clone()  # a file whose tensors do not lie at whole elements
         return raw.view(dtype).view(factor.shape)
+
+
+def is_finite(numbers: Tensor) -> bool:
+    """Whether no number of a vector is infinite or NaN, nor the sum of some of them too large."""
+    return all(bool(piece.float().sum().isfinite()) for piece in numbers.split(_SERIAL))
+
+
+def _copy(target: Tensor, source: Tensor) -> None:
+    width = min(target.shape[1], _SERIAL)
+    height = _SERIAL // width
+    for rows, wanted in zip(target.split(height), source.split(height), strict=True):
+        for place, piece in zip(rows.split(width, 1), wanted.split(width, 1), strict=True):
+            place.copy_(piece)

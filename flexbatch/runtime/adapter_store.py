@@ -16,7 +16,7 @@ from torch import Tensor
 from flexbatch.errors import AdapterError
 from flexbatch.lora.adapter import Adapter, AdapterPart, UnreadableAdapterError
 from flexbatch.lora.layout import FlatLayout, ImageLayout, ModuleIndex
-from flexbatch.lora.load import FactorReader, Place
+from flexbatch.lora.load import FactorReader, Place, is_finite
 from flexbatch.memory.kv import KVPool
 from flexbatch.runtime.adapter_rows import AdapterRows
 from flexbatch.runtime.adapter_tables import FlatTable, Kinds, PagedTable
@@ -266,7 +266,7 @@ class _Files:
         for name, start in self._batches.popleft():
             try:
                 self._reader.read(self._adapters[name], place(name, start))
-                if not bool(region(name, start).float().sum().isfinite()):
+                if not is_finite(region(name, start)):
                     file = self._adapters[name].file
                     raise UnreadableAdapterError(f"adapter {file}: holds numbers that are not finite")
             except AdapterError as error:

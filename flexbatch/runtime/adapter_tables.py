@@ -89,22 +89,24 @@ class FlatTable:
         if not numbers:
             return
         wide = y if y.dtype == torch.float32 else y.float()
-        own = x.float()
-        widths = self._index.widths
-        for number in numbers:
-            module = self._index.modules[number]
-            factors = FlatFactors(
-                self._memory[module.in_features],
-                self._memory[module.out_features],
-                self._gathered.ranks[number],
-                self._gathered.scales[number],
-                self._bases[widths.index(module.in_features)] + self._gathered.a[number],
-                self._bases[widths.index(module.out_features)] + self._gathered.b[number],
-            )
-            columns = wide[:, module.column : module.column + module.out_features]
-            add_flat(columns, own, self._rows.groups, factors)
+        modules = [self._index.modules[number] for number in numbers]
+        outputs = [wide[:, module.column : module.column + module.out_features] for module in modules]
+        factors = [self._factors(number) for number in numbers]
+        add_flat(outputs, x.float(), self._rows.groups, factors)
         if wide is not y:
             y.copy_(wide)
+
+    def _factors(self, number: int) -> FlatFactors:
+        module, widths, gathered = self._index.modules[number], self._index.widths, self._gathered
+        into, out = module.in_features, module.out_features
+        return FlatFactors(
+            self._memory[into],
+            self._memory[out],
+            gathered.ranks[number],
+            gathered.scales[number],
+            self._bases[widths.index(into)] + gathered.a[number],
+            self._bases[widths.index(out)] + gathered.b[number],
+        )
 
     def select(self, rows: Sequence[int]) -> FlatTable | None:
         """The same for a choice of rows."""

@@ -6,14 +6,16 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from flexbatch.kernels import lora_triton
-from flexbatch.kernels.lora import add_flat, add_paged, add_paged_reference, group_rows
-from tests.kernels.lora_cases import build
+from flexbatch.kernels.lora import FlatFactors, add_flat, add_paged, add_paged_reference, group_rows
+from tests.kernels.lora_cases import Case, build
 from tests.kernels.test_paged_triton import TURING_SHARED, compiled
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,7 +28,7 @@ def test_flat_and_paged(seed: int, transposed: bool) -> None:
     case = build(rng, rng.choice([20, 80, 576]), rng.choice([12, 192, 131]), transposed=transposed)
     wanted = case.dense()
     results = [case.y.clone(memory_format=torch.preserve_format) for _ in range(2)]
-    add_flat(results[0], case.x, case.groups, case.flat())
+    add_flat([results[0]], case.x, case.groups, [case.flat()])
     add_paged(results[1], case.x, case.groups, case.paged(rng.choice([16, 100, 4096])))
     for result in results:
         assert torch.allclose(result.double(), wanted, atol=1e-4, rtol=1e-4)
@@ -37,11 +39,48 @@ def test_a_part_of_the_columns() -> None:
     case = build(random.Random(1), 48, 30)
     whole = torch.randn(case.x.shape[0], 100)
     before = whole.clone()
-    add_flat(whole[:, 20:50], case.x, case.groups, case.flat())
+    add_flat([whole[:, 20:50]], case.x, case.groups, [case.flat()])
     assert torch.equal(whole[:, :20], before[:, :20])
     assert torch.equal(whole[:, 50:], before[:, 50:])
     added = whole[:, 20:50].double() - before[:, 20:50].double()
     assert torch.allclose(added, case.dense() - case.y.double(), atol=1e-4)
+
+
+@pytest.mark.parametrize("adjacent", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_modules_that_read_the_same_input(seed: int, adjacent: bool) -> None:
+    """Three of different widths and ranks; their factors a stand one behind the other, or somewhere."""
+    rng = random.Random(seed)
+    into, widths = rng.choice([48, 576]), (96, 32, 64)
+    cases = [build(random.Random(seed), into, width) for width in widths]  # the same rows of the same adapters
+    cases = [replace(case, x=cases[0].x, factors=other_ranks(case, rng)) for case in cases]
+    modules = [case.flat() for case in cases]
+    if adjacent:
+        modules = side_by_side(cases, modules)
+    y = torch.randn(cases[0].x.shape[0], sum(widths))
+    before = y.clone()
+    outputs = list(y.split(widths, dim=1))
+    add_flat(outputs, cases[0].x, cases[0].groups, modules)
+    for case, output, old in zip(cases, outputs, before.split(widths, dim=1), strict=True):
+        added = output.double() - old.double()
+        assert torch.allclose(added, case.dense() - case.y.double(), atol=1e-4, rtol=1e-4)
+    assert torch.equal(y[cases[0].base_rows], before[cases[0].base_rows])
+
+
+def other_ranks(case: Case, rng: random.Random) -> list[tuple[torch.Tensor, torch.Tensor, float]]:
+    ranks = [rng.randint(0, a.shape[0]) for a, _, _ in case.factors]
+    return [(a[:rank], b[:rank], scale) for rank, (a, b, scale) in zip(ranks, case.factors, strict=True)]
+
+
+def side_by_side(cases: list[Case], modules: list[FlatFactors]) -> list[FlatFactors]:
+    """The same factors, those of all modules in one memory, an adapter's one behind the other."""
+    own = [torch.cat([case.factors[adapter][0] for case in cases]) for adapter in range(12)]
+    starts = np.cumsum([0, *(len(factors) for factors in own[:-1])])
+    memory, made = torch.cat(own), []
+    for factors in modules:
+        made.append(replace(factors, a=memory, a_rows=starts.copy()))
+        starts += factors.ranks
+    return made
 
 
 def test_a_row_is_the_same_in_any_company() -> None:
@@ -49,10 +88,10 @@ def test_a_row_is_the_same_in_any_company() -> None:
     case = build(random.Random(2), 96, 64)
     flat = case.flat()
     together = torch.zeros(case.x.shape[0], 64)
-    add_flat(together, case.x, group_rows(case.spans, few=10**6), flat)
+    add_flat([together], case.x, group_rows(case.spans, few=10**6), [flat])
     for first, _, adapter in case.spans:
         alone = torch.zeros(1, 64)
-        add_flat(alone, case.x[first : first + 1], group_rows([(0, 1, adapter)], few=10**6), flat)
+        add_flat([alone], case.x[first : first + 1], group_rows([(0, 1, adapter)], few=10**6), [flat])
         assert torch.equal(alone[0], together[first])
 
 
@@ -64,14 +103,14 @@ def test_a_thousand_adapters_at_once() -> None:
     spans = [(row, 1, row) for row in range(1000)]
     many = type(case)(torch.randn(1000, 64), torch.zeros(1000, 64), spans, group_rows(spans), factors, rng)
     result = many.y.clone()
-    add_flat(result, many.x, many.groups, many.flat())
+    add_flat([result], many.x, many.groups, [many.flat()])
     assert torch.allclose(result.double(), many.dense(), atol=1e-2, rtol=1e-4)
 
 
 def test_no_rows_and_no_ranks() -> None:
     case = build(random.Random(4), 16, 16)
     y = case.y.clone()
-    add_flat(y, case.x, group_rows([]), case.flat())
+    add_flat([y], case.x, group_rows([]), [case.flat()])
     add_paged_reference(y, case.x, group_rows([]), case.paged(16))
     assert torch.equal(y, case.y)
 

@@ -128,6 +128,4 @@ def test_a_pass_takes_its_products_or_its_streams(disk: float) -> None:
     assert timing.seconds >= max(products, timing.busy_s.get("disk_read", 0)) * 0.98
     assert timing.seconds <= max(products, 2 * stream) * 1.25
     rode = pass_timing(size, units, plan, riding_order(size.shape.num_layers, 4, 1), batches, PROFILE, "cpu")
-    sweeps = 4 + size.shape.num_layers
-    assert rode.seconds >= (sweeps - 1) * stream
     assert rode.busy_s["cpu"] == pytest.approx(timing.busy_s["cpu"], rel=1e-6)
