@@ -117,10 +117,10 @@ def by_head(x: Tensor, matrices: Tensor) -> Tensor:
     """Numbers x [T, heads, D] times the matrix of each head's KV head, ``matrices`` [kv_heads, D, D]; x's dtype."""
     tokens, heads, dim = x.shape
     kv_heads = matrices.shape[0]
-    each = heads // kv_heads
-    grouped = x.view(tokens, kv_heads, each, dim).transpose(0, 1).reshape(kv_heads, tokens * each, dim)
+    group = heads // kv_heads
+    grouped = x.view(tokens, kv_heads, group, dim).transpose(0, 1).reshape(kv_heads, tokens * group, dim)
     found = torch.matmul(grouped, matrices.to(x.dtype))
-    return found.view(kv_heads, tokens, each, dim).transpose(0, 1).reshape(tokens, heads, dim)
+    return found.view(kv_heads, tokens, group, dim).transpose(0, 1).reshape(tokens, heads, dim)
 
 
 def _without(x: Tensor, positions: Tensor, first: Tensor) -> Tensor:
