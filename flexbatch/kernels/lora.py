@@ -212,8 +212,8 @@ def _inner(x: Tensor, adapter: int, modules: Sequence[FlatFactors]) -> Sequence[
     behind = [first + rank for first, rank in zip(firsts, ranks, strict=True)]
     memory = modules[0].a
     if firsts[1:] == behind[:-1]:
-        parts: Sequence[Tensor] = (x @ memory[firsts[0] : behind[-1]].t()).split(ranks, dim=1)
-        return parts
+        inner: Sequence[Tensor] = (x @ memory[firsts[0] : behind[-1]].t()).split(ranks, dim=1)
+        return inner
     return [x @ memory[first:stop].t() for first, stop in zip(firsts, behind, strict=True)]
 
 

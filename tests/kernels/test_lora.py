@@ -55,8 +55,7 @@ def test_modules_that_read_the_same_input(seed: int, adjacent: bool) -> None:
     cases = [build(random.Random(seed), into, width) for width in widths]  # the same rows of the same adapters
     cases = [replace(case, x=cases[0].x, factors=other_ranks(case, rng)) for case in cases]
     modules = [case.flat() for case in cases]
-    if adjacent:
-        modules = side_by_side(cases, modules)
+    modules = side_by_side(cases, modules) if adjacent else apart(modules)
     y = torch.randn(cases[0].x.shape[0], sum(widths))
     before = y.clone()
     outputs = list(y.split(widths, dim=1))
@@ -70,6 +69,13 @@ def test_modules_that_read_the_same_input(seed: int, adjacent: bool) -> None:
 def other_ranks(case: Case, rng: random.Random) -> list[tuple[torch.Tensor, torch.Tensor, float]]:
     ranks = [rng.randint(0, a.shape[0]) for a, _, _ in case.factors]
     return [(a[:rank], b[:rank], scale) for rank, (a, b, scale) in zip(ranks, case.factors, strict=True)]
+
+
+def apart(modules: list[FlatFactors]) -> list[FlatFactors]:
+    """The same factors in one memory, one module's after the other's."""
+    starts = np.cumsum([0, *(len(factors.a) for factors in modules[:-1])])
+    memory = torch.cat([factors.a for factors in modules])
+    return [replace(own, a=memory, a_rows=own.a_rows + start) for own, start in zip(modules, starts, strict=True)]
 
 
 def side_by_side(cases: list[Case], modules: list[FlatFactors]) -> list[FlatFactors]:
