@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from flexbatch.errors import DoesNotFitError
+from flexbatch.finetune.companion import Companion
 from flexbatch.finetune.job import FinetuneJob, FinetuneTask, Sizes
 from flexbatch.finetune.optimizer import NamedTensors
 from flexbatch.finetune.parameters import Parameters
@@ -34,11 +35,9 @@ def train(
 
 def _lent(engine: Engine, job: FinetuneJob, observe: Observer) -> bool:
     """Train with an engine's weights; whether it could."""
-    from flexbatch.finetune.companion import Companion  # which needs the functions here
-
     if engine.weight_bits != job.task.options.base_bits:
         return False
-    companion = Companion(job, observe)
+    companion = Companion(job, parameters_of(job.task), observe)
     try:
         engine.carry(companion.trainer)
     except DoesNotFitError:
