@@ -17,7 +17,7 @@ from flexbatch.errors import InputError, UsageError
 from flexbatch.finetune.companion import Companion
 from flexbatch.finetune.job import FinetuneJob, FinetuneTask, weights_fingerprint
 from flexbatch.finetune.options import SHARE, FinetuneOptions, LrSchedule, OptimizerName, StatesPlace
-from flexbatch.finetune.start import train
+from flexbatch.finetune.start import parameters_of, train
 from flexbatch.finetune.training import Progress
 from flexbatch.jobs.training_rows import read_training_rows, training_rows
 from flexbatch.lora.folders import adapter_folders
@@ -316,7 +316,7 @@ class LLM:
         found: list[TrainedAdapter] = []
         with closing(FinetuneJob(task)) as job:
             if job.completed is None:
-                self._companion = Companion(job, observe or _unseen, share=share)
+                self._companion = Companion(job, parameters_of(task), observe or _unseen, share=share)
             try:
                 yield lambda: found[0]
                 if self._companion is not None:

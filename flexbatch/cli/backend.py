@@ -156,12 +156,13 @@ class Backend:
     def companion(self, job: FinetuneJob, observe: Observer, *, share: float) -> CompanionLike:
         """Make a training ready that shares an engine."""
         from flexbatch.finetune.companion import Companion
+        from flexbatch.finetune.start import parameters_of
 
-        return Companion(job, observe, share=share)
+        return Companion(job, parameters_of(job.task), observe, share=share)
 
     def parameters(self, task: FinetuneTask) -> NamedTensors:
         """Return the factors that a training begins with."""
-        from flexbatch.finetune.factors import parameters_of
+        from flexbatch.finetune.start import parameters_of
 
         return parameters_of(task)
 

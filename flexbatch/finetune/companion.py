@@ -9,10 +9,10 @@ import threading
 from typing import Any
 
 from flexbatch.finetune.coserving import CoServingTrainer, EndedError
-from flexbatch.finetune.factors import parameters_of
 from flexbatch.finetune.job import FinetuneJob, FinetuneTask, Sizes
 from flexbatch.finetune.optimizer import NamedTensors
 from flexbatch.finetune.options import SHARE
+from flexbatch.finetune.parameters import Parameters
 from flexbatch.finetune.training import Observer
 from flexbatch.models.registry import family_of
 from flexbatch.models.spec import model_size
@@ -23,18 +23,23 @@ class Companion:
     """A job that is not complete, ready to share an engine: ``trainer`` is the passenger to open it with.
 
     Once the engine is there, ``start`` it; when inference is over, ``finish`` it, or ``abandon`` it where something
-    went wrong. ``observe`` is called in the job's thread. Raises what is raised for
-    wrong adapters.
+    went wrong. ``parameters`` are what the job begins with; ``observe`` is called in its thread.
     """
 
     def __init__(
-        self, job: FinetuneJob, observe: Observer, *, share: float = SHARE, order: Order | None = None
+        self,
+        job: FinetuneJob,
+        parameters: Parameters,
+        observe: Observer,
+        *,
+        share: float = SHARE,
+        order: Order | None = None,
     ) -> None:
         task, sizes = job.task, job.sizes()
         options, shape = task.options, task.folder.shape
         self.job = job
         self._observe = observe
-        self._parameters = parameters_of(task)
+        self._parameters = parameters
         self.trainer = CoServingTrainer(
             self._parameters,
             task.engine,

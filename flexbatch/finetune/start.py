@@ -12,7 +12,6 @@ from typing import Any
 
 from flexbatch.errors import DoesNotFitError
 from flexbatch.finetune.companion import Companion
-from flexbatch.finetune.factors import parameters_of
 from flexbatch.finetune.job import FinetuneJob, FinetuneTask, Sizes
 from flexbatch.finetune.optimizer import NamedTensors
 from flexbatch.finetune.parameters import Parameters
@@ -38,7 +37,7 @@ def _lent(engine: Engine, job: FinetuneJob, observe: Observer) -> bool:
     """Train with an engine's weights; whether it could."""
     if engine.weight_bits != job.task.options.base_bits:
         return False
-    companion = Companion(job, observe)
+    companion = Companion(job, parameters_of(job.task), observe)
     try:
         engine.carry(companion.trainer)
     except DoesNotFitError:
@@ -49,6 +48,20 @@ def _lent(engine: Engine, job: FinetuneJob, observe: Observer) -> bool:
     finally:
         engine.carry(None)
     return True
+
+
+def parameters_of(task: FinetuneTask) -> Parameters:
+    """The factors of a fresh adapter, or of the one to go on from. Raises UsageError or AdapterError for wrong ones."""
+    options, shape = task.options, task.folder.shape
+    if options.init_from is not None:
+        return Parameters.read(shape, options.init_from)
+    return Parameters.create(
+        shape,
+        rank=options.rank,
+        alpha=options.alpha,
+        target_modules=options.target_modules,
+        seed=options.seed,
+    )
 
 
 def trainer_of(

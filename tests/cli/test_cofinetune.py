@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from flexbatch.cli.backend import Backend
 from flexbatch.cli.main import main
 from flexbatch.finetune.companion import Companion
+from flexbatch.finetune.start import parameters_of
 from tests.tiny import tiny_checkpoint
 
 TRAINING = (
@@ -108,7 +109,7 @@ class Ordered(Backend):
                 os.kill(os.getpid(), signal.SIGTERM)
             observe(progress)
 
-        return Companion(job, watched, share=share, order=self.order)  # type: ignore[arg-type]
+        return Companion(job, parameters_of(job.task), watched, share=share, order=self.order)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
