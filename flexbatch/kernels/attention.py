@@ -227,10 +227,11 @@ def _merged_pages(batch: PageBatch, highest: Tensor, sums: Tensor, partial: Tens
     padded = torch.cat([highest, highest.new_full((1, kv_heads, group), -torch.inf)])
     row_highest = torch.cat([padded[batch.table].amax(1), padded.new_zeros(1, kv_heads, group)])
     factor = highest.sub_(row_highest.index_select(0, batch.owner)).exp_()
-    total = partial.new_zeros(rows + 1, kv_heads, group).index_add_(0, batch.owner, sums.mul_(factor))
-    attended = partial.new_zeros(rows + 1, kv_heads, group, dim)
-    attended.index_add_(0, batch.owner, partial.mul_(factor.unsqueeze(-1)))
-    return attended[:rows].div_(total[:rows].unsqueeze(-1)), row_highest[:rows] + total[:rows].log()
+    total = factor.new_zeros(rows + 1, kv_heads, group).index_add_(0, batch.owner, sums.mul_(factor))
+    attended = factor.new_zeros(rows + 1, kv_heads, group, dim)  # logarithms and sums are fp32 beside narrower pages
+    attended.index_add_(0, batch.owner, partial.to(factor.dtype).mul_(factor.unsqueeze(-1)))
+    merged = attended[:rows].div_(total[:rows].unsqueeze(-1)).to(partial.dtype)
+    return merged, row_highest[:rows] + total[:rows].log()
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

@@ -40,6 +40,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 VOCAB = 149
 CLOSE = 1e-4  # rounding of fp32 sums that are cut elsewhere, through adapters that make much of it
 NEAR_TIE = 1e-4
+_DRAWS = 8  # of rows, until some are preempted
 
 
 @pytest.fixture(autouse=True)
@@ -141,8 +142,15 @@ def assert_same(shared: Mapping[str, Result], alone: Mapping[str, Result], close
     assert excused <= 1
 
 
-@pytest.mark.parametrize("preempted", [False, True])
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize(
+    ("setting", "preempted"),
+    [
+        (setting, preempted)
+        for setting in SETTINGS
+        for preempted in (False, True)
+        if not preempted or "three" not in setting
+    ],
+)  # three tiers have room for a row each, so that few are preempted
 def test_sharing_changes_nothing(
     setting: str, preempted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,17 +162,21 @@ def test_sharing_changes_nothing(
     adapters = make_adapters(path, tmp_path / "adapters", dict(list(configs(family, rng).items())[:2]), seed)
     options = SETTINGS[setting]
     longest = 180 if "disk" in setting or "three" in setting else 80  # pages on disk fill whole blocks
-    requests = mixed(rng, 16, longest, [None, None, *adapters])
-    overlap = rng.random() < 0.5
-    alone, unshared = run(path, requests, adapters, share_prefixes=False, overlap=overlap, **options)
-    assert unshared["shared_prompt_tokens"] == 0
-    if preempted:
-        scarce(monkeypatch, longest + 16)
-    shared, stats = run(path, requests, adapters, overlap=overlap, **options)
-    assert stats["shared_prompt_tokens"] > 0
+    for _ in range(_DRAWS if preempted else 1):
+        requests = mixed(rng, 10, longest, [None, None, *adapters])
+        overlap = rng.random() < 0.5
+        alone, unshared = run(path, requests, adapters, share_prefixes=False, overlap=overlap, **options)
+        assert unshared["shared_prompt_tokens"] == 0
+        with monkeypatch.context() as patch:
+            if preempted:
+                scarce(patch, longest + 16)
+            shared, stats = run(path, requests, adapters, overlap=overlap, **options)
+        assert stats["shared_prompt_tokens"] > 0
+        assert sum(stats["peak_kv_bytes"].values()) < sum(unshared["peak_kv_bytes"].values())
+        assert_same(shared, alone)
+        if stats["preemptions"]:
+            break
     assert stats["preemptions"] > 0 or not preempted
-    assert sum(stats["peak_kv_bytes"].values()) < sum(unshared["peak_kv_bytes"].values())
-    assert_same(shared, alone)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -182,8 +194,7 @@ def test_sharing_in_narrower_types(dtype: str, tmp_path: Path) -> None:
     assert max(distance(runs[0][0][name], runs[1][0][name]) for name in runs[0][0]) < spread
 
 
-@pytest.mark.parametrize("kv_bits", [16, 4])
-@pytest.mark.parametrize("setting", ["cpu", "disk", "sim in three"])
+@pytest.mark.parametrize(("setting", "kv_bits"), [("cpu", 16), ("cpu", 4), ("disk", 16)])
 def test_one_row_at_a_time_is_equal_to_the_bit(setting: str, kv_bits: int, tmp_path: Path) -> None:
     """Products of the same tokens, cut at the same places, over pages that another row filled or over one's own."""
     rng = random.Random(secrets.randbelow(10**6))
@@ -213,20 +224,25 @@ def test_packed_pages_are_shared(
     rng = random.Random(3)
     path = tiny_checkpoint(tmp_path, "llama", "plain", seed=3)
     longest = 80 if setting == "cpu" else 180
-    requests = mixed(rng, 16, longest, [None])
     options = {**SETTINGS[setting], "kv_bits": 4}
-    alone, _ = run(path, requests, share_prefixes=False, **options)
-    exact, _ = run(path, requests, share_prefixes=False, **SETTINGS[setting])
-    if preempted:
-        scarce(monkeypatch, longest + 16)
-    shared, stats = run(path, requests, **options)
-    assert stats["shared_prompt_tokens"] > 0
+    for _ in range(_DRAWS if preempted else 1):
+        requests = mixed(rng, 10, longest, [None])
+        alone, _ = run(path, requests, share_prefixes=False, **options)
+        exact, _ = run(path, requests, share_prefixes=False, **SETTINGS[setting])
+        with monkeypatch.context() as patch:
+            if preempted:
+                scarce(patch, longest + 16)
+            shared, stats = run(path, requests, **options)
+        assert stats["shared_prompt_tokens"] > 0
+        different = [name for name in alone if shared[name].token_ids != alone[name].token_ids]
+        assert len(different) <= len(alone) // 8
+        off = [distance(shared[name], alone[name]) for name in alone if name not in different]
+        same = [name for name in alone if exact[name].token_ids == alone[name].token_ids]
+        packing = [distance(exact[name], alone[name]) for name in same]
+        assert sorted(off)[len(off) // 2] < 0.1 * sorted(packing)[len(packing) // 2]
+        if stats["preemptions"]:
+            break
     assert stats["preemptions"] > 0 or not preempted
-    different = [name for name in alone if shared[name].token_ids != alone[name].token_ids]
-    assert len(different) <= len(alone) // 8
-    off = [distance(shared[name], alone[name]) for name in alone if name not in different]
-    packing = [distance(exact[name], alone[name]) for name in alone if exact[name].token_ids == alone[name].token_ids]
-    assert sorted(off)[len(off) // 2] < 0.1 * sorted(packing)[len(packing) // 2]
 
 
 def distance(first: Result, second: Result) -> float:
