@@ -12,7 +12,7 @@ from typing import Any
 
 NAMES = {
     "flexbatch": "flexbatch",
-    "flexbatch_small_arena": "flexbatch, an arena for 40% of them",
+    "flexbatch_small_arena": "flexbatch, an arena of 1 GB",
     "peft": "PEFT, mixed batches",
     "merge": "PEFT, merged one by one",
 }
