@@ -161,7 +161,7 @@ def test_sharing_changes_nothing(
     options = SETTINGS[setting]
     longest = 180 if "disk" in setting or "three" in setting else 80  # pages on disk fill whole blocks
     for _ in range(_DRAWS if preempted else 1):
-        requests = mixed(rng, 10, longest, [None, None, *adapters])
+        requests = mixed(rng, 16, longest, [None, None, *adapters])
         overlap = rng.random() < 0.5
         alone, unshared = run(path, requests, adapters, share_prefixes=False, overlap=overlap, **options)
         assert unshared["shared_prompt_tokens"] == 0
@@ -170,7 +170,6 @@ def test_sharing_changes_nothing(
                 scarce(patch, longest + 16)
             shared, stats = run(path, requests, adapters, overlap=overlap, **options)
         assert stats["shared_prompt_tokens"] > 0
-        assert sum(stats["peak_kv_bytes"].values()) < sum(unshared["peak_kv_bytes"].values())
         assert_same(shared, alone)
         if stats["preemptions"]:
             break
