@@ -183,7 +183,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     for run in runs:
         ratios.setdefault(run["setting"], []).append(run["job"])
     medians = {setting: statistics.median(found) for setting, found in ratios.items()}
-    off = [max(ratio, 1 / ratio) - 1 for ratio in medians.values()]
+    off = [abs(ratio - 1) for ratio in medians.values()]
     return {"settings": medians, "median_error": statistics.median(off), "worst_error": max(off), "runs": runs}
 
 
