@@ -91,9 +91,9 @@ def reserved(size: ModelSize, job: TrainingJob, machine: Machine, kept: str) -> 
     """What finetuning leaves of a machine to inference."""
     below = kept != machine.compute
     taken = riding_bytes(size, job, machine.dtype, below=below)
-    left = machine.with_budget(machine.compute, max(0, machine.budget(machine.compute) - taken))
+    left = machine.without(machine.compute, taken)
     if below:
-        left = left.with_budget(kept, max(0, left.budget(kept) - input_bytes(size, job, machine.dtype)))
+        left = left.without(kept, input_bytes(size, job, machine.dtype))
     return left
 
 

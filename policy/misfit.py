@@ -37,15 +37,15 @@ def does_not_fit(shop: Shop, choices: Sequence[Choice]) -> DoesNotFitError:
         return _more_than_one(shop, asked[0])
     missing, tier, choice = least
     exact = _exact(shop, choice, tier, missing)
-    budget = shop.machine.budget(tier)
-    wanted = f"raise --{tier}-memory to {format_size(budget + exact)}"
+    there = shop.machine.whole(tier)
+    wanted = f"raise --{tier}-memory to {format_size(there + exact)}"
     packed = sum(unit.nbytes for unit in sized(shop.units, 4))
     stored = sum(unit.nbytes for unit in shop.units)
     if choice.weight_bits == 16 and shop.options.weight_bits == 16 and stored - packed > exact and tier != "disk":
         wanted += " or use --weight-bits 4"
     return DoesNotFitError(
-        f"{shop.name} does not fit: its smallest plan needs {format_size(budget + exact)} on the {tier} tier, which "
-        f"has {format_size(budget)}: {format_size(exact)} are missing: {wanted}, or shorten the rows",
+        f"{shop.name} does not fit: its smallest plan needs {format_size(there + exact)} on the {tier} tier, which "
+        f"has {format_size(there)}: {format_size(exact)} are missing: {wanted}, or shorten the rows",
         tier=tier,
         missing=exact,
         remedy=f"--{tier}-memory",
@@ -75,7 +75,7 @@ def _more_than_one(shop: Shop, choice: Choice) -> DoesNotFitError:
     missing = max(1, sum(unit.nbytes for unit in shop.resized(choice)) - shop.machine.budget(tier))
     return DoesNotFitError(
         f"{shop.name} does not fit: several tiers are too small at once, the {tier} tier among them, which has "
-        f"{format_size(shop.machine.budget(tier))}: {format_size(missing)} are missing there: raise --gpu-memory, "
+        f"{format_size(shop.machine.whole(tier))}: {format_size(missing)} are missing there: raise --gpu-memory, "
         "--cpu-memory and --disk-memory, or give --weights, --kv and --hidden other shares",
         tier=tier,
         missing=missing,

@@ -95,12 +95,12 @@ class Adapters:
         most = max(left, int(_ARENA_SHARE * machine.cpu), max(sizes, default=0))
         self._arena = min(sum(sizes), most if self._budget is None else self._budget) // _UNIT * _UNIT
         if self._device.compute != "gpu":
-            return replace(machine, cpu=machine.cpu - self._arena)
+            return machine.without("cpu", self._arena)
         pages = sorted((self._sizes[name].pages for name in usable), reverse=True)
         page_bytes = page.nbytes * (self._index.groups - 2)
         wanted = sum(pages[: sketch.max_sequences]) * page_bytes
         self._reserved = max(min(wanted, int(_POOL_SHARE * machine.gpu)), max(pages, default=0) * page_bytes)
-        return replace(machine, cpu=machine.cpu - self._arena, gpu=machine.gpu - self._reserved)
+        return machine.without("cpu", self._arena).without("gpu", self._reserved)
 
     def account(self, plan: Plan, page: PageShape) -> Plan:
         """Put what was reserved into ``plan``: the arena, and pages beside those for KV, in the same pool."""

@@ -13,7 +13,7 @@ from flexbatch.policy.profile import Curve, HardwareProfile, Processor
 from flexbatch.policy.search import choose
 from flexbatch.policy.weights import WeightPlacement
 from flexbatch.policy.workload import Workload
-from flexbatch.units import Shares
+from flexbatch.units import Shares, format_size
 from tests.policy.cases import machine, model, profile, random_shop
 
 
@@ -139,6 +139,25 @@ def test_nothing_fits() -> None:
     assert "\n" not in str(error)
     found, _ = plan("opt-30b", 0, 0.2 + error.missing / 1e9 + 1e-3, (100, 50, 5), device=False)
     assert found.max_sequences >= 1
+
+
+@pytest.mark.parametrize("taken", [50_000_000, 900_000_000])
+def test_what_is_kept_for_something_else_counts_in_the_remedy(taken: int) -> None:
+    """Less than there is, and more."""
+    size, units = model("llama-2-7b")
+    figures = profile(gpu=None)
+
+    def chosen(there: int) -> Plan:
+        budgets = machine(figures, 0, there / 1e9, 1000.0).without("cpu", taken)
+        job = Workload.uniform(100, 50, 5)
+        return choose("m", size, units, job, EngineOptions(), budgets, figures, stored_dtype="float16")[0]
+
+    with pytest.raises(DoesNotFitError) as caught:
+        chosen(300_000_000)
+    assert f"which has {format_size(300_000_000)}: " in str(caught.value)
+    enough = 300_000_000 + caught.value.missing
+    assert f"raise --cpu-memory to {format_size(enough)}" in str(caught.value)
+    assert chosen(enough + 10).max_sequences >= 1
 
 
 def test_a_gpu_share_without_a_gpu() -> None:
