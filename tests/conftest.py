@@ -6,6 +6,7 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 # Before anything imports torch, transformers or huggingface_hub, which read these once. Tiny models gain nothing from a
@@ -22,3 +23,21 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # A slow example is no failure: the machine may be busy.
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
+
+
+class _FailuresAtOnce:
+    """Shows a failure when it happens: should a later test hang, it would not be shown at the end."""
+
+    def __init__(self, reporter: pytest.TerminalReporter) -> None:
+        self._reporter = reporter
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self._reporter.write_line(f"\n{report.nodeid} failed:\n{report.longreprtext}")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Registered where results come together, which with several processes is none of those that test."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_FailuresAtOnce(reporter))

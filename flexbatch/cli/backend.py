@@ -81,6 +81,9 @@ class CompanionLike(Protocol):
     def abandon(self, error: BaseException) -> None:
         """End it; finished steps are kept."""
 
+    def close(self) -> None:
+        """End it if it is under way still."""
+
     def stats(self) -> dict[str, Any]:
         """What was chosen, under ``plan``, and what it cost."""
 

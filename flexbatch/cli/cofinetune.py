@@ -108,8 +108,8 @@ class Beside:
     @contextmanager
     def alongside(self) -> Iterator[None]:
         """Train while the block generates, with the engine that has been opened; its failure ends training, too."""
-        self._start()
         try:
+            self._start()
             yield
         except BaseException as error:
             if self._companion is not None:
@@ -138,7 +138,9 @@ class Beside:
             self._companion.finish()
 
     def close(self) -> None:
-        """Let go of the adapter's place."""
+        """Let go of the adapter's place; what is under way ends."""
+        if self._companion is not None:
+            self._companion.close()
         self.job.close()
 
     def kept(self) -> str:

@@ -76,6 +76,11 @@ class Companion:
         self.trainer.leave(error)
         self._join()
 
+    def close(self) -> None:
+        """End the job if it is under way still, for a signal may strike where nobody could ``abandon`` it."""
+        if self._is_running:
+            self.abandon(EndedError("the run is over"))
+
     @property
     def is_started(self) -> bool:
         """Whether the job has begun."""
@@ -85,8 +90,12 @@ class Companion:
         """What is said of the order that was chosen, and what it cost inference."""
         return self.trainer.stats()
 
+    @property
+    def _is_running(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
     def _join(self) -> None:
-        if self._thread is not None:
+        if self._thread is not None and self._is_running:
             self._thread.join()
 
     def _run(self) -> None:

@@ -83,8 +83,10 @@ class CoServingTrainer:
         self._lowerer: TrainingLowerer | None = None
         self._trace = Trace(keep=False)
         self._joined = threading.Event()
-        # Between the two threads there are only queues and plain assignments: a signal may strike anywhere.
+        # Between the two threads there are only queues and plain assignments: a signal may strike anywhere, even where
+        # a trip has been taken from its queue but not noted. So the job waits for any news, not only for a trip's end.
         self._asked: SimpleQueue[Trip | None] = SimpleQueue()
+        self._news: SimpleQueue[None] = SimpleQueue()
         self._trip: Trip | None = None
         self._error: BaseException | None = None
         self._over = False
@@ -137,8 +139,8 @@ class CoServingTrainer:
         self._work.begin(batches, examples, self.seen, scale)
         trip = Trip.of(batches, self._loaded.shape.num_layers, self._lowest, self.plan, training=scale is not None)
         self._asked.put(trip)
-        if self._error is None:  # whoever leaves sets it first, and then looks for trips
-            trip.arrived.get()
+        while self._error is None and not trip.arrived:
+            self._news.get()
         self._check()
         self._inputs.end()
         return Loss(*self._work.finish())
@@ -266,8 +268,7 @@ class CoServingTrainer:
         if error is None:
             return
         self._error = error
-        if (trip := self._take()) is not None:
-            self._arrived(trip)
+        self._news.put(None)
         self.release()
 
     def drive(self) -> None:
@@ -337,7 +338,8 @@ class CoServingTrainer:
     def _arrived(self, trip: Trip) -> None:
         self._trip = None
         self._answered += 1
-        trip.arrived.put(None)
+        trip.arrived = True
+        self._news.put(None)
 
     def _go_between(self) -> None:
         """Passes between two sweeps, as many as inference may wait for."""

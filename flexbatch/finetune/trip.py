@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from queue import SimpleQueue
+from dataclasses import dataclass
 from typing import Self
 
 from flexbatch.policy.coserving import CoservingPlan
@@ -34,7 +33,7 @@ class Trip:
     """Micro-batches that are on their way together.
 
     Riding: ``sweeps`` by group, of which ``done`` are over. Else ``passes``, each one forward and back, of which
-    ``done`` are over. ``arrived`` gets an entry once all is done, or will never be.
+    ``done`` are over. ``arrived``: whether all is done and its gradients are there.
     """
 
     batches: list[LearningBatch]
@@ -43,7 +42,7 @@ class Trip:
     passes: list[list[Visit]]
     done: int = 0
     passage: Passage | None = None
-    arrived: SimpleQueue[None] = field(default_factory=SimpleQueue)
+    arrived: bool = False
 
     @classmethod
     def of(cls, batches: list[LearningBatch], layers: int, lowest: int, plan: CoservingPlan, *, training: bool) -> Self:

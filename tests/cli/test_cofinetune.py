@@ -7,6 +7,7 @@ import os
 import random
 import signal
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -158,6 +159,61 @@ def test_an_interruption_keeps_both(both: Both, capsys: pytest.CaptureFixture[st
         assert both.text(name).read_bytes() == both.text("alone").read_bytes()
         assert both.difference("alone", name) < 1e-5
         capsys.readouterr()
+
+
+class Struck(SimpleQueue[Any]):
+    """A queue whose reader is struck by a signal just after it has got something, before it can note what."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def _strike(self, item: Any) -> Any:
+        self.after -= 1
+        if self.after == 0:
+            signal.raise_signal(signal.SIGTERM)
+        return item
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Any:
+        return self._strike(super().get(block, timeout))
+
+    def get_nowait(self) -> Any:
+        return self._strike(super().get_nowait())
+
+
+class StruckBetween(Ordered):
+    """A signal strikes between two lines of the thread that sweeps."""
+
+    def __init__(self, order: str, after: int) -> None:
+        super().__init__(order)
+        self.after = after
+
+    def companion(self, job: Any, observe: Any, *, share: float) -> Companion:
+        companion = super().companion(job, observe, share=share)
+        companion.trainer._asked = Struck(self.after)
+        return companion
+
+
+@pytest.mark.parametrize("order", ["riding", "reverse"])
+@pytest.mark.parametrize("after", [1, 2])
+def test_a_signal_that_strikes_as_work_is_handed_over(order: str, after: int, both: Both) -> None:
+    name = f"struck {order} {after}"
+    assert both.run(name, "--finetune-share", "0.9", backend=StruckBetween(order, after)) == 143
+    assert both.run(name) == 0
+    assert both.text(name).read_bytes() == both.text("alone").read_bytes()
+    assert both.difference("alone", name) < 1e-5
+
+
+def test_a_signal_that_strikes_between_the_two_jobs(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Generation is over, and nobody does what is left of training yet."""
+
+    def struck(*_: Any, **__: Any) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("flexbatch.cli.run.job_stats", struck)
+        assert both.run("between") == 143
+    assert both.run("between") == 0
+    assert both.difference("alone", "between") < 1e-5
 
 
 def test_one_of_the_two_may_be_done_already(both: Both, capsys: pytest.CaptureFixture[str]) -> None:
