@@ -36,6 +36,7 @@ class _FailuresAtOnce:
             self._reporter.write_line(f"\n{report.nodeid} failed:\n{report.longreprtext}")
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Registered where results come together, which with several processes is none of those that test."""
     reporter = config.pluginmanager.get_plugin("terminalreporter")
