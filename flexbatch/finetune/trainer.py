@@ -28,17 +28,12 @@ from flexbatch.policy.profile import HardwareProfile
 from flexbatch.policy.simulator import SweepTiming
 from flexbatch.policy.training import WINDOW, TrainingJob, plan_training
 from flexbatch.policy.training_time import pass_timing
-from flexbatch.runtime.allocator import keep_freed_blocks
 from flexbatch.runtime.executor import Executor
-from flexbatch.runtime.setup import disk_folder, machine_for, open_device
+from flexbatch.runtime.setup import disk_folder, load_weights, machine_for, open_device, routes_of
 from flexbatch.runtime.trace import Trace
-from flexbatch.runtime.weight_store import Progress, WeightStore, unit_sizes, units_of
-from flexbatch.scheduler.lowering import Routes
+from flexbatch.runtime.weight_store import Progress, unit_sizes, units_of
 from flexbatch.scheduler.training import Order, Visit, cut_batches, forward_order, reverse_order, riding_order
 from flexbatch.scheduler.training_lowering import TrainingLowerer
-from flexbatch.units import MIB
-
-_KEPT = 256 * MIB  # freed memory that a process may keep for its next product
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,32 +94,12 @@ class Trainer:
         self._size, self._units = model_size(shape, table), unit_sizes(units)
         self.plan = plan_training(self._size, self._units, job, options, machine, stored_dtype=shape.stored_dtype)
         self._reader = DirectReader(rate=options.rates.get("disk_read"))
-        weights = WeightStore(
-            table,
-            checkpoint,
-            units,
-            self.plan.tiers,
-            self._device,
-            self._reader,
-            held=getattr(torch, self.plan.weights_dtype),
-            compute=getattr(torch, self.plan.dtype),
-            host_ring=self.plan.host_ring,
-            gpu_ring=self.plan.gpu_ring,
-            progress=progress,
-            blocked=False,
+        tiers = self.plan.tiers
+        weights = load_weights(
+            table, checkpoint, units, tiers, self._device, self._reader, self.plan, progress, blocked=False
         )
-        keep_freed_blocks(min(_KEPT, self.plan.memory[machine.compute].working))
         parameters.to(self._device.torch_device)
-        self._routes = Routes(
-            num_layers=shape.num_layers,
-            compute=self._device.compute,
-            reads=weights.reads,
-            uploads=weights.uploads,
-            host_ring=self.plan.host_ring,
-            gpu_ring=self.plan.gpu_ring,
-            gather=weights.gather_on,
-            lanes=LANES,
-        )
+        self._routes = routes_of(weights, self.plan, shape.num_layers, self._device)
         dtype: torch.dtype = getattr(torch, self.plan.dtype)
         self._inputs = SavedInputs(
             self._device,

@@ -26,7 +26,7 @@ from flexbatch.memory.spill import SpillFile
 from flexbatch.models.registry import family_of
 from flexbatch.models.spec import model_size
 from flexbatch.options import EngineOptions
-from flexbatch.policy.machine import LANES, Machine
+from flexbatch.policy.machine import Machine
 from flexbatch.policy.plan import Plan
 from flexbatch.policy.search import choose
 from flexbatch.policy.weights import WeightPlacement
@@ -34,7 +34,6 @@ from flexbatch.policy.workload import Workload
 from flexbatch.requests import Result, RowError, TokenizedRequest
 from flexbatch.runtime.adapter_store import AdapterStore
 from flexbatch.runtime.adapters import AdapterRun, Adapters, adapter_error
-from flexbatch.runtime.allocator import keep_freed_blocks
 from flexbatch.runtime.answers import Answers
 from flexbatch.runtime.hardware import peak_rss, product_rate
 from flexbatch.runtime.hidden import HiddenMoves
@@ -42,10 +41,10 @@ from flexbatch.runtime.packed_kv import PackedKV
 from flexbatch.runtime.passenger import Loaded, Passenger
 from flexbatch.runtime.profile_cache import machine_profile
 from flexbatch.runtime.run_progress import RunProgress
-from flexbatch.runtime.setup import allocate_kv, disk_folder, machine_for, open_device
+from flexbatch.runtime.setup import allocate_kv, disk_folder, load_weights, machine_for, open_device, routes_of
 from flexbatch.runtime.sweep_runner import SweepRunner
 from flexbatch.runtime.trace import Trace
-from flexbatch.runtime.weight_store import Progress, WeightStore, unit_sizes, units_of
+from flexbatch.runtime.weight_store import Progress, unit_sizes, units_of
 from flexbatch.scheduler.lowering import Routes
 from flexbatch.scheduler.pages import PageAllocator
 from flexbatch.scheduler.prefix_cache import PrefixCache
@@ -54,9 +53,7 @@ from flexbatch.scheduler.sequence import Sequence
 from flexbatch.scheduler.steps import Step
 from flexbatch.shapes import ModelShape
 from flexbatch.text.codec import TextCodec
-from flexbatch.units import MIB, format_size
-
-_KEPT = 256 * MIB  # freed memory that a process may keep for its next product
+from flexbatch.units import format_size
 
 
 class Engine:
@@ -116,20 +113,9 @@ class Engine:
                 self._units = unit_sizes(units)
                 self.plan, placement = self._place(workload)
         self._reader = DirectReader(rate=options.rates.get("disk_read"))
-        self._weights = WeightStore(
-            table,
-            checkpoint,
-            units,
-            placement.tiers,
-            self._device,
-            self._reader,
-            held=getattr(torch, self.plan.weights_dtype),
-            compute=getattr(torch, self.plan.dtype),
-            host_ring=self.plan.host_ring,
-            gpu_ring=self.plan.gpu_ring,
-            progress=progress,
+        self._weights = load_weights(
+            table, checkpoint, units, placement.tiers, self._device, self._reader, self.plan, progress
         )
-        keep_freed_blocks(min(_KEPT, self.plan.memory[self._machine.compute].working))
         self._loaded_bytes = sum(entry.nbytes for entry in {id(e): e for e in checkpoint.entries.values()}.values())
         rope = folder.shape.rope
         self._rotary = None if rope is None else RotaryTable(rope, self._device.torch_device)
@@ -357,17 +343,8 @@ class Engine:
             self._spill = None
 
     def _routes(self) -> Routes:
-        return Routes(
-            num_layers=self._shape.num_layers,
-            compute=self._device.compute,
-            reads=self._weights.reads,
-            uploads=self._weights.uploads,
-            host_ring=self.plan.host_ring,
-            gpu_ring=self.plan.gpu_ring,
-            gather=self._weights.gather_on,
-            cpu_attention=self.plan.cpu_attention > 0 or self.plan.gpu_attention is not None,
-            lanes=LANES,
-        )
+        attends = self.plan.cpu_attention > 0 or self.plan.gpu_attention is not None
+        return routes_of(self._weights, self.plan, self._shape.num_layers, self._device, cpu_attention=attends)
 
     def _runner(self, adapters: AdapterRun | None) -> tuple[SweepRunner, AdapterStore | None]:
         routes = self._routes()

@@ -35,7 +35,6 @@ from flexbatch.units import GIB, MIB
 
 Progress = Callable[[str, int, int], None]
 STAGE = "measuring this machine"
-_KEPT = 256 * MIB  # as in a run: freed memory that the process keeps for its next product
 _ASSUMED_DISK = 100e6
 _ASSUMED = "assumed: the disk folder has no room, or cannot be written, to measure it"
 
@@ -103,7 +102,7 @@ def measure(
     total = sum(len(probe.figures) for probe in probes)
     found: dict[str, Estimate] = {}
     done = 0
-    keep_freed_blocks(_KEPT)
+    keep_freed_blocks()
     with torch.inference_mode():
         for probe in probes:
             patience = effort.disk if probe.figures[0].startswith("links.disk") else effort.patience
