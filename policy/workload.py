@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from flexbatch.policy.cost import Load, keys_of, pairs_of
 from flexbatch.policy.footprint import PAGE_TOKENS
@@ -32,7 +33,7 @@ class Mean:
     most: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Workload:
     """Prompt and generation lengths of every row, in tokens; ``adapters``: the different ones that rows name.
 
@@ -85,21 +86,20 @@ class Workload:
         """Mean generation length."""
         return sum(self.generations) / max(1, len(self.generations))
 
+    @cached_property
+    def _lengths(self) -> tuple[int, int]:
+        """Tokens of KV that the shortest and the longest row would come to hold."""
+        rows = set(zip(self.prompts, self.generations, strict=True))
+        lengths = [prompt + max(0, new - 1) for prompt, new in rows] or [0]
+        return min(lengths), max(lengths)
+
     def longest(self, max_positions: int) -> int:
         """The most tokens of KV that one row can come to hold."""
-        lengths = (
-            min(prompt + max(0, new - 1), max_positions)
-            for prompt, new in zip(self.prompts, self.generations, strict=True)
-        )
-        return max(lengths, default=0)
+        return min(self._lengths[1], max_positions)
 
     def shortest(self, max_positions: int) -> int:
         """The fewest tokens of KV that any row needs at its longest."""
-        lengths = (
-            min(prompt + max(0, new - 1), max_positions)
-            for prompt, new in zip(self.prompts, self.generations, strict=True)
-        )
-        return min(lengths, default=0)
+        return min(self._lengths[0], max_positions)
 
     def shorter_half(self) -> Workload | None:
         """The rows no longer than the middle one of different lengths; None if all are equally long."""

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import time
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -95,6 +96,15 @@ def both(shared: Both, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Both:
     return shared
 
 
+class Ready(Companion):
+    """Lets generation begin only when training has asked for something: otherwise it may be over before that."""
+
+    def start(self) -> None:
+        super().start()
+        while self.trainer._asked.empty() and self._is_running:
+            time.sleep(0.001)
+
+
 class Ordered(Backend):
     """Backward in the order that is asked for."""
 
@@ -110,7 +120,7 @@ class Ordered(Backend):
                 os.kill(os.getpid(), signal.SIGTERM)
             observe(progress)
 
-        return Companion(job, parameters_of(job.task), watched, share=share, order=self.order)  # type: ignore[arg-type]
+        return Ready(job, parameters_of(job.task), watched, share=share, order=self.order)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,8 @@ def test_gradients_and_text_are_those_of_each_alone(
     thread = threading.Thread(target=job)
     with Engine(folder, None, options, Workload.of(requests), passenger=trainer) as engine:
         thread.start()
+        while trainer._asked.empty():  # otherwise inference may be over before training asks for something
+            time.sleep(0.001)
         results = list(engine.run(requests))
         trainer.drive()
         thread.join()
