@@ -80,7 +80,7 @@ def choose(
 def chosen(shop: Shop) -> Estimate:
     """The candidate that becomes the Plan. Raises DoesNotFitError."""
     ranked = ranking(shop)
-    candidates = realise(shop, _trials(shop, ranked)) if ranked else []
+    candidates = realise(shop, trials_of(shop, ranked)) if ranked else []
     if not candidates:
         raise does_not_fit(shop, list(_choices(shop, shop.machine.compute)))
     estimates = finalists(shop, candidates, _EQUAL)
@@ -89,7 +89,7 @@ def chosen(shop: Shop) -> Estimate:
     return min(equal, key=lambda estimate: estimate.sweep_s)
 
 
-def _trials(shop: Shop, ranked: Sequence[Ranked]) -> list[Trial]:
+def trials_of(shop: Shop, ranked: Sequence[Ranked]) -> list[Trial]:
     """Blocks to look at: of the best choices of every way of KV the smallest sweep that is as good, and larger ones."""
     trials: list[Trial] = []
     chosen = _best_choices(ranked, shop.machine.compute)

@@ -127,9 +127,14 @@ def routes_of(weights: Traffic, placement: WeightPlacement, num_layers: int, com
 
 
 def simulated(
-    shop: Shop, candidate: Candidate, *, layers: int | None = None, keep: Simulator | None = None
+    shop: Shop,
+    candidate: Candidate,
+    *,
+    layers: int | None = None,
+    keep: Simulator | None = None,
+    most: int = _MOST_STEPS,
 ) -> SweepTiming | None:
-    """The second of two simulated sweeps, whose first weights the first has fetched; None if it has too many Steps.
+    """The second of two simulated sweeps, whose first weights the first has fetched; None if over ``most`` Steps.
 
     ``layers``: only the first few, each with the weights of a mean one. A block has sweeps of two kinds; the mean of
     those with prompts and those of decoding is given.
@@ -156,7 +161,7 @@ def simulated(
             number=place,
         )
         # So few rows, or so short ones, that the mean sweep rounds to none.
-        if not made.micro_batches or len(made.micro_batches) * number * 5 > _MOST_STEPS:
+        if not made.micro_batches or len(made.micro_batches) * number * 5 > most:
             return None
         return simulate(lowerer, simulator, made, cost, weights)
 

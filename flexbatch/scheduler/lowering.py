@@ -128,7 +128,7 @@ class Lowerer(StepList):
         flight.back(group, batch)
         flight.closed[group] = flight.closed.get(group, 0) + 1
         if flight.closed[group] == len(flight.batches):
-            self._stored[group] = tuple(flight.written.pop(group, ()))
+            self._stored[group] = tuple(flight.written.pop(group, {}).values())
             self._release(group, (*flight.users, *self._ridden(group)))
             self._fill()
 
@@ -215,7 +215,9 @@ class _Flight:
         self.batches = range(len(sweep.micro_batches))
         self.newest: list[int | None] = [None] * len(sweep.micro_batches)
         self.users: list[int | None] = [None] * len(sweep.micro_batches)
-        self.written: dict[int, list[int]] = {}
+        self.written: dict[
+            int, dict[Resource, int]
+        ] = {}  # layer group -> the last write: those before it are done then
         self._last_attend: dict[int, int] = {}
         self._last_write: dict[int, int] = {}
         self._hidden_outs: list[int] = []
@@ -287,20 +289,21 @@ class _Flight:
         if all(part.start == 0 for part in piece.slices):
             return ready
         if piece.kv == "disk":
-            ready = (*ready, self._add("kv_read", "disk_read", group, batch, ready, slot=slot))
+            ready = (self._add("kv_read", "disk_read", group, batch, ready, slot=slot),)
         if attends == "gpu":
-            ready = (*ready, self._add("kv_up", "h2d", group, batch, ready, slot=slot))
+            ready = (self._add("kv_up", "h2d", group, batch, ready, slot=slot),)
         return ready
 
     def _pages_out(self, group: int, batch: int, attends: Resource, slot: int, attended: int) -> int:
         """The pages that were written to, on their way back to where they rest."""
         newest = attended
+        resource: Resource | None = None
         if attends == "gpu":
-            newest = self._add("kv_down", "d2h", group, batch, (newest,), slot=slot)
+            newest, resource = self._add("kv_down", "d2h", group, batch, (newest,), slot=slot), "d2h"
         if self._sweep.micro_batches[batch].kv == "disk":
-            newest = self._add("kv_write", "disk_write", group, batch, (newest,), slot=slot)
-        if newest != attended:
-            self.written.setdefault(group, []).append(newest)
+            newest, resource = self._add("kv_write", "disk_write", group, batch, (newest,), slot=slot), "disk_write"
+        if resource is not None:
+            self.written.setdefault(group, {})[resource] = newest
             self._last_write[batch] = newest
         return newest
 
