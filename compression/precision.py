@@ -10,17 +10,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-TILE_BYTES = 4 << 20  # a widened tile of this size is still in cache, and large enough that two cores share it well
 
-
-def widened_tiles(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+def widened_tiles(weight: Tensor, dtype: torch.dtype, at_most: int) -> Iterator[tuple[slice, Tensor]]:
     """Yield the rows of ``weight`` [out, in] in ``dtype``, a tile at a time: which rows, and the tile [rows, in].
 
-    A tile is gone when the next one comes: all share one scratch buffer that stays in cache, so memory beyond it is
-    ``TILE_BYTES`` and main memory moves the narrow bytes only.
+    A tile is gone when the next one comes: all share one scratch buffer of ``at_most`` bytes (or one row). As long as
+    that stays in cache main memory moves the narrow bytes only.
     """
     out_features, in_features = weight.shape
-    rows = max(1, min(out_features, TILE_BYTES // (in_features * dtype.itemsize)))
+    rows = max(1, min(out_features, at_most // (in_features * dtype.itemsize)))
     scratch = torch.empty(rows, in_features, dtype=dtype, device=weight.device)
     for start in range(0, out_features, rows):
         stop = min(start + rows, out_features)

@@ -141,7 +141,8 @@ def account(
         tier = placement.tiers[unit.key]
         weights[tier] += resident_bytes(unit, tier, cost.precision.held, compute)
     small = size.small_bytes(dtype)
-    scratch = size.working_bytes(cut.batch_tokens, cut.longest, cut.logit_rows, dtype, cost.precision.kv_bits)
+    stored, kv_bits = cost.precision.stored, cost.precision.kv_bits
+    scratch = size.working_bytes(cut.batch_tokens, cut.longest, cut.logit_rows, dtype, stored, kv_bits)
     lanes = LANES * cut.staged_pages * cost.page_bytes
     working = {"cpu": scratch + (lanes if kv_pages.get("disk") else 0), "gpu": 0, "disk": 0}
     if compute == "gpu":

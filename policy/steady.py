@@ -234,7 +234,8 @@ def _memory(choice: Choice, cost: Cost, mean: Mean, machine: Machine, weights: M
     size, cut, dtype = cost.size, choice.cut, choice.precision.dtype
     waits = size.hidden_token_bytes(dtype)
     shares = {"gpu": choice.hidden.gpu, "cpu": choice.hidden.cpu, "disk": choice.hidden.disk}
-    scratch = size.working_bytes(cut.batch_tokens, cut.longest, cut.logit_rows, dtype, choice.precision.kv_bits)
+    stored, kv_bits = choice.precision.stored, choice.precision.kv_bits
+    scratch = size.working_bytes(cut.batch_tokens, cut.longest, cut.logit_rows, dtype, stored, kv_bits)
     lanes = LANES * cut.staged_pages * cost.page_bytes
     fixed = {"gpu": 0.0, "cpu": float(scratch), "disk": 0.0}
     if any(TIER_OF[way] == "disk" for way in choice.ways):

@@ -172,7 +172,7 @@ def working_bytes(size: ModelSize, job: TrainingJob, dtype: str) -> int:
     """What a pass needs beside saved inputs.
 
     Two hidden states of all its tokens, one window's inner states and their gradients, keys and values of the longest
-    micro-batch with theirs, and a chunk of logits with its copy.
+    micro-batch with theirs, a chunk of logits with its copy, and a tile of weights that are widened or unpacked.
     """
     shape, each = size.shape, DTYPE_BYTES[dtype]
     inner = 8 * shape.hidden_size + 3 * size.qkv_width + 9 * shape.intermediate_size
@@ -181,7 +181,8 @@ def working_bytes(size: ModelSize, job: TrainingJob, dtype: str) -> int:
     rows = min(job.tokens, max(16, min(1024, LOSS_BYTES // (4 * shape.vocab_size))))
     logits = 2 * rows * shape.vocab_size * 4
     states = 2 * job.tokens * size.hidden_token_bytes(dtype)
-    return states + max(min(job.window, job.longest) * inner * each + keys, logits)
+    window = min(job.window, job.longest)
+    return states + max(window * inner * each + keys, logits) + size.tile_bytes(window, dtype, "int4")
 
 
 def riding_bytes(size: ModelSize, job: TrainingJob, dtype: str, *, below: bool) -> int:

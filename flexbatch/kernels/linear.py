@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from flexbatch.compression.groups import Packed
-from flexbatch.compression.precision import TILE_BYTES, widened_tiles
+from flexbatch.compression.precision import widened_tiles
 from flexbatch.kernels.packed import unpacked_tiles
+from flexbatch.policy.footprint import GPU_TILE_BYTES, tile_bytes
 
 Weight = Tensor | Packed
 """A weight [out, in] in any form it may rest in."""
@@ -61,11 +62,11 @@ def linear(x: Tensor, parts: Sequence[Weight], bias: Tensor | None = None) -> Te
     outputs = sum(part.shape[0] for part in parts)
     if blocked:
         result = torch.empty(tokens, outputs, dtype=x.dtype)
-        for columns, tile in _tiles(parts, x.dtype):
+        for columns, tile in _tiles(parts, x):
             result[:, columns] = _onednn(x, tile, None)
     else:
         stacked = torch.empty(outputs, tokens, dtype=x.dtype, device=x.device)
-        for rows, tile in _tiles(parts, x.dtype):
+        for rows, tile in _tiles(parts, x):
             torch.mm(tile, x.t(), out=stacked[rows])
         result = stacked.t()
     return result if bias is None else result.add_(bias)
@@ -79,7 +80,7 @@ def linear_backward(dy: Tensor, weight: Weight) -> Tensor:
     """
     if isinstance(weight, Packed):
         total = dy.new_zeros(dy.shape[0], weight.shape[1])
-        for chosen, tile in unpacked_tiles(weight, dy.dtype):
+        for chosen, tile in unpacked_tiles(weight, dy.dtype, _at_most(dy)):
             total.add_(_backward_product(dy[:, chosen], tile))
         return total
     dense = weight.to_dense() if weight.is_mkldnn else weight
@@ -87,7 +88,7 @@ def linear_backward(dy: Tensor, weight: Weight) -> Tensor:
         return _backward_product(dy, dense)
     rows, columns = dense.shape
     result = dy.new_empty(dy.shape[0], columns)
-    at_once = min(columns, max(_FEWEST_COLUMNS, TILE_BYTES // (rows * dy.dtype.itemsize)))
+    at_once = min(columns, max(_FEWEST_COLUMNS, _at_most(dy) // (rows * dy.dtype.itemsize)))
     scratch = torch.empty(rows * at_once, dtype=dy.dtype, device=dy.device)
     for start in range(0, columns, at_once):
         stop = min(start + at_once, columns)
@@ -110,7 +111,7 @@ def _packed_on_gpu(x: Tensor, parts: Sequence[Weight], bias: Tensor | None) -> T
         if isinstance(part, Packed) and x.shape[0] <= _FUSED_ROWS:
             products.append(_fused_kernel(x, part))
         else:
-            products += [functional.linear(x, tile) for _, tile in _tiles([part], x.dtype)]
+            products += [functional.linear(x, tile) for _, tile in _tiles([part], x)]
     result = products[0] if len(products) == 1 else torch.cat(products, dim=1)
     return result if bias is None else result.add_(bias)
 
@@ -121,14 +122,23 @@ def _fused_kernel(x: Tensor, weight: Packed) -> Tensor:
     return packed_product(x, weight)
 
 
-def _tiles(parts: Sequence[Weight], dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """All parts in ``dtype``: which outputs, and their rows; those in that type already are one tile each."""
-    base = 0
+def _at_most(x: Tensor) -> int:
+    """Bytes of a tile of weights that are brought to the type of ``x``, for a product over its rows."""
+    return tile_bytes(x.shape[0]) if x.device.type == "cpu" else GPU_TILE_BYTES
+
+
+def _tiles(parts: Sequence[Weight], x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """All parts in the type of ``x``: which outputs, and their rows; those in that type already are one tile each."""
+    base, dtype, at_most = 0, x.dtype, _at_most(x)
     for part in parts:
         if isinstance(part, Tensor) and part.dtype == dtype:
             yield slice(base, base + part.shape[0]), part
         else:
-            tiles = unpacked_tiles(part, dtype) if isinstance(part, Packed) else widened_tiles(part, dtype)
+            tiles = (
+                unpacked_tiles(part, dtype, at_most)
+                if isinstance(part, Packed)
+                else widened_tiles(part, dtype, at_most)
+            )
             for rows, tile in tiles:
                 yield slice(base + rows.start, base + rows.stop), tile
         base += part.shape[0]

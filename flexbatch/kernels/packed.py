@@ -13,23 +13,22 @@ from torch import Tensor
 
 from flexbatch.compression.groups import MIDDLE, Packed, dequantize, groups_of
 
-TILE_BYTES = 4 << 20
-"""Bytes of an unpacked fp32 tile: it stays in cache, and is large enough for products to run at their best rate."""
-_LARGE_TILE = 1 << 28  # bytes where there is no cache to stay in, and every launch costs
-
 Unpack = Callable[[Packed], Tensor]
 
 
-def unpacked_tiles(weight: Packed, dtype: torch.dtype, method: str = "fused") -> Iterator[tuple[slice, Tensor]]:
+def unpacked_tiles(
+    weight: Packed, dtype: torch.dtype, at_most: int, method: str = "fused"
+) -> Iterator[tuple[slice, Tensor]]:
     """Yield the rows of ``weight`` [out, in] in ``dtype``, a tile at a time: which rows, and the tile [rows, in].
 
+    In fp32 a tile takes ``at_most`` bytes, or one row.
     Every method of ``METHODS`` gives the fp32 numbers of ``dequantize``, rounded once where ``dtype`` is narrower.
     Memory beyond a tile is an eighth of one.
     """
     out_features, in_features = weight.shape
     on_cpu = weight.codes.device.type == "cpu"
     unpack = METHODS[method] if on_cpu else dequantize
-    rows = max(1, min(out_features, (TILE_BYTES if on_cpu else _LARGE_TILE) // (4 * in_features)))
+    rows = max(1, min(out_features, at_most // (4 * in_features)))
     for start in range(0, out_features, rows):
         stop = min(start + rows, out_features)
         yield slice(start, stop), unpack(weight.rows(start, stop)).to(dtype)

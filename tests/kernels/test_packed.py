@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flexbatch.compression.groups import PackedLayout, dequantize
-from flexbatch.kernels import packed as kernels
+from flexbatch.kernels import linear as kernels
 from flexbatch.kernels.linear import Weight, linear, linear_backward
 from flexbatch.kernels.packed import METHODS, unpacked_tiles
 from tests.kernels.packed_cases import distance, random_packed
@@ -18,7 +18,8 @@ from tests.kernels.packed_cases import distance, random_packed
 def test_products_equal_those_of_the_dequantized_weight(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(seed)
     in_features = rng.choice([1, 31, 64, 127, 128, 320, 515, 1000])
-    monkeypatch.setattr(kernels, "TILE_BYTES", 4 * in_features * rng.choice([1, 7, 64]))
+    tile = 4 * in_features * rng.choice([1, 7, 64])
+    monkeypatch.setattr(kernels, "tile_bytes", lambda _: tile)
     parts: list[Weight] = [random_packed(rng, (rng.randint(1, 150), in_features)) for _ in range(rng.randint(1, 3))]
     wide = [dequantize(part) for part in parts if not isinstance(part, torch.Tensor)]
     if rng.random() < 0.3:  # as in a checkpoint that keeps one of q, k and v in 16 bits
@@ -50,7 +51,7 @@ def test_unpacked_tiles_are_the_dequantized_weight_bit_for_bit(seed: int, method
     weight = random_packed(rng, (rng.randint(2, 40), rng.choice([1, 2, 63, 64, 65, 256, 333])))
     assert torch.equal(METHODS[method](weight), dequantize(weight))
     assert torch.equal(METHODS[method](weight.rows(1, 2)), dequantize(weight)[1:2])
-    for rows, tile in unpacked_tiles(weight, torch.bfloat16, method):
+    for rows, tile in unpacked_tiles(weight, torch.bfloat16, 4 * weight.shape[1] * rng.choice([1, 3, 64]), method):
         assert torch.equal(tile, dequantize(weight, torch.bfloat16)[rows])
 
 
