@@ -18,12 +18,12 @@ import random
 import sys
 import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.training import Row
 from flexbatch.checkpoint.locate import ModelFolder, locate
 from flexbatch.errors import FlexbatchError
 from flexbatch.finetune.coserving import CoServingTrainer
@@ -41,14 +41,6 @@ from flexbatch.units import parse_shares, parse_size
 RANK, ALPHA = 16, 32
 
 
-@dataclass(frozen=True)
-class Row:
-    """One example, every token but the first a target."""
-
-    tokens: tuple[int, ...]
-    trained: tuple[bool, ...]
-
-
 def requests_of(options: argparse.Namespace, vocab: int) -> list[TokenizedRequest]:
     """More rows than can be finished."""
     rng = random.Random(0)
@@ -64,10 +56,7 @@ def examples_of(options: argparse.Namespace, count: int, vocab: int) -> list[Row
     """Rows of one window each."""
     rng = random.Random(1)
     length = options.window + 1
-    return [
-        Row(tuple(rng.randrange(3, vocab) for _ in range(length)), (False, *[True] * options.window))
-        for _ in range(count)
-    ]
+    return [Row.of([rng.randrange(3, vocab) for _ in range(length)]) for _ in range(count)]
 
 
 def engine_options(options: argparse.Namespace) -> EngineOptions:

@@ -19,13 +19,13 @@ import subprocess
 import sys
 import time
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.training import Row, make_llama
 from flexbatch.checkpoint.locate import locate
 from flexbatch.finetune.meter import ActivationMeter
 from flexbatch.finetune.parameters import Parameters
@@ -70,29 +70,16 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@dataclass(frozen=True)
-class Row:
-    """One example, every token but the first a target."""
-
-    tokens: tuple[int, ...]
-    trained: tuple[bool, ...]
-
-
 def make(options: argparse.Namespace) -> None:
     """Write the model in fp16."""
-    import transformers
-
-    config = transformers.LlamaConfig(**SHAPE)
-    torch.manual_seed(0)
-    model: Any = transformers.AutoModelForCausalLM.from_config(config)
-    model.half().save_pretrained(options.model)
+    make_llama(SHAPE, options.model)
 
 
 def example(options: argparse.Namespace) -> Row:
     """Random tokens."""
     vocab = json.loads((Path(options.model) / "config.json").read_text())["vocab_size"]
     tokens = torch.randint(3, vocab, (options.tokens,), generator=torch.Generator().manual_seed(1)).tolist()
-    return Row(tuple(tokens), (False, *[True] * (len(tokens) - 1)))
+    return Row.of(tokens)
 
 
 def run_peft(options: argparse.Namespace) -> dict[str, Any]:

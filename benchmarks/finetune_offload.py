@@ -17,13 +17,13 @@ import sys
 import tempfile
 import time
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.out_of_core import in_group
+from benchmarks.training import Row, make_llama
 from flexbatch.units import parse_size
 
 RANK, ALPHA = 16, 32
@@ -39,22 +39,9 @@ SHAPE: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class Row:
-    """One example, every token but the first a target."""
-
-    tokens: tuple[int, ...]
-    trained: tuple[bool, ...]
-
-
 def make(options: argparse.Namespace) -> None:
     """Write the model in fp16."""
-    import transformers
-
-    config = transformers.LlamaConfig(**SHAPE)
-    torch.manual_seed(0)
-    model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float16)
-    model.save_pretrained(options.model)
+    make_llama(SHAPE, options.model)
 
 
 def rows_of(options: argparse.Namespace) -> list[list[int]]:
@@ -74,7 +61,7 @@ def ours(options: argparse.Namespace) -> None:
     folder = locate(str(options.model))
     parameters = Parameters.create(folder.shape, rank=RANK, alpha=ALPHA, target_modules="all-linear", seed=0)
     engine = EngineOptions(device="cpu", cpu_memory=parse_size(options.memory), disk_dir=options.disk_dir)
-    rows = [Row(tuple(row), (False, *[True] * (options.tokens - 1))) for row in rows_of(options)]
+    rows = [Row.of(row) for row in rows_of(options)]
     total = options.rows * options.tokens
     with Trainer(folder, parameters, engine, tokens=total, longest=options.tokens) as trainer:
         for _ in range(2):

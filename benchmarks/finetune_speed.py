@@ -18,12 +18,12 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.training import Row
 from flexbatch.checkpoint.locate import locate
 from flexbatch.finetune.parameters import Parameters
 from flexbatch.finetune.trainer import Trainer
@@ -33,14 +33,6 @@ from flexbatch.policy.machines import load_profile
 RANK, ALPHA = 16, 32
 
 
-@dataclass(frozen=True)
-class Row:
-    """One example, every token but the first a target."""
-
-    tokens: tuple[int, ...]
-    trained: tuple[bool, ...]
-
-
 def rows_of(options: argparse.Namespace) -> list[Row]:
     """Random tokens."""
     rng = random.Random(0)
@@ -48,7 +40,7 @@ def rows_of(options: argparse.Namespace) -> list[Row]:
     rows = []
     for _ in range(options.rows):
         length = rng.randint(options.tokens // 4, options.tokens) if options.ragged else options.tokens
-        rows.append(Row(tuple(rng.randrange(3, vocab) for _ in range(length)), (False, *[True] * (length - 1))))
+        rows.append(Row.of([rng.randrange(3, vocab) for _ in range(length)]))
     return rows
 
 

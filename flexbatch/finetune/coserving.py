@@ -16,9 +16,9 @@ from typing import Any
 
 from flexbatch.errors import InternalError
 from flexbatch.finetune.allowance import Allowance
+from flexbatch.finetune.gradients import GradientSource, Loss
 from flexbatch.finetune.inputs import SavedInputs
 from flexbatch.finetune.parameters import Parameters
-from flexbatch.finetune.trainer import Loss
 from flexbatch.finetune.trip import INPUT_STEPS, Trip
 from flexbatch.finetune.work import TrainedTokens, Work, counts_of
 from flexbatch.options import EngineOptions
@@ -40,7 +40,7 @@ class EndedError(InternalError):
     """Inference has ended by an error, and what rode on it with it."""
 
 
-class CoServingTrainer:
+class CoServingTrainer(GradientSource):
     """Does for a job what ``Trainer`` does, as a passenger of an engine.
 
     ``share``: the part of the time that inference may lose to training. ``tokens``: of the largest call; a call waits
@@ -66,7 +66,6 @@ class CoServingTrainer:
         order: Order | None = None,
     ) -> None:
         assert 0 < share < 1
-        self.seen = 0
         self.parameters = parameters
         self.plan: CoservingPlan | None = None
         self._options = options
@@ -102,19 +101,6 @@ class CoServingTrainer:
         self.pauses = 0  # times that it went on between two of them
 
     # --- the job's side ------------------------------------------------------------------------------------------
-
-    def accumulate(self, examples: Sequence[TrainedTokens], scale: float, sizes: Sequence[int] = ()) -> Loss:
-        """Add d(scale * sum of the targets' -log p) / d(A, B) to the gradients; waits until they are there.
-
-        ``sizes``: of the batches that the examples make (none given: one).
-        """
-        loss = self._pass(examples, scale, sizes or [len(examples)])
-        self.seen += len(examples)
-        return loss
-
-    def evaluate(self, examples: Sequence[TrainedTokens]) -> Loss:
-        """The loss, without dropout and gradients."""
-        return self._pass(examples, None, [len(examples)])
 
     def close(self) -> None:
         """The job asks for no more."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,6 +15,7 @@ import torch
 from flexbatch.checkpoint.four_bits import open_weights
 from flexbatch.checkpoint.locate import ModelFolder
 from flexbatch.errors import InternalError
+from flexbatch.finetune.gradients import GradientSource, Loss
 from flexbatch.finetune.inputs import SavedInputs
 from flexbatch.finetune.parameters import Parameters
 from flexbatch.finetune.work import TrainedTokens, Work, counts_of
@@ -36,15 +36,7 @@ from flexbatch.scheduler.training import Order, Visit, cut_batches, forward_orde
 from flexbatch.scheduler.training_lowering import TrainingLowerer
 
 
-@dataclass(frozen=True, slots=True)
-class Loss:
-    """The sum of -log p over ``tokens`` targets."""
-
-    total: float
-    tokens: int
-
-
-class Trainer:
+class Trainer(GradientSource):
     """One loaded base model and the adapter that is trained on it.
 
     ``window``: tokens that are computed together (None: 512). ``dropout`` is PEFT's, on the adapters' inputs; its masks
@@ -74,7 +66,6 @@ class Trainer:
         trace: bool = False,
     ) -> None:
         assert 0 <= dropout < 1
-        self.seen = 0
         self.parameters = parameters
         self._order: Order = order
         self._window = window or WINDOW
@@ -137,19 +128,6 @@ class Trainer:
     def peak_activation_bytes(self) -> int:
         """The most bytes in memory that hidden states, what backward keeps and gradients of either took: measured."""
         return self.work.peak
-
-    def accumulate(self, examples: Sequence[TrainedTokens], scale: float, sizes: Sequence[int] = ()) -> Loss:
-        """Add d(scale * sum of the targets' -log p) / d(A, B) to the gradients, in one pass over the examples.
-
-        ``sizes``: of the batches that the examples make (none given: one).
-        """
-        loss = self._pass(examples, scale, sizes or [len(examples)])
-        self.seen += len(examples)
-        return loss
-
-    def evaluate(self, examples: Sequence[TrainedTokens]) -> Loss:
-        """The loss, without dropout and gradients."""
-        return self._pass(examples, None, [len(examples)])
 
     def predict(self, examples: Sequence[TrainedTokens], profile: HardwareProfile) -> SweepTiming:
         """How long ``accumulate`` would take on a machine of these figures: its Steps on the simulator."""

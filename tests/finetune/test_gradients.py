@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from flexbatch.checkpoint.locate import locate
+from flexbatch.finetune.gradients import Loss
 from flexbatch.finetune.parameters import Parameters
-from flexbatch.finetune.trainer import Loss, Trainer
+from flexbatch.finetune.trainer import Trainer
 from flexbatch.options import EngineOptions
 from flexbatch.units import parse_shares
 from tests.finetune.oracle import Row, assert_close, filled, peft_model, ragged, reference

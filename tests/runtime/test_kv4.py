@@ -22,6 +22,7 @@ from flexbatch.scheduler.scheduler import Scheduler
 from flexbatch.units import parse_shares
 from tests.oracle import Row, ragged_rows, requests_of
 from tests.packed_oracle import assert_nearly_equal, generate_packed
+from tests.placements import IN_THREE
 from tests.tiny import FAMILIES, tiny_checkpoint, tiny_model
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -30,21 +31,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "cpu, odd sizes": {"micro_batch": 13, "max_sequences": 7},
     "cpu, block": {"schedule": "block", "micro_batch": 5, "max_sequences": 11},
     "everything on disk": {"weights": "0,0,100", "kv": "0,0,100", "hidden": "0,0,100", "micro_batch": 33},
-    "sim in three": {
-        "device": "sim",
-        "weights": "30,30,40",
-        "kv": "34,33,33",
-        "hidden": "34,33,33",
-        "micro_batch": 40,
-        "cpu_attention": True,
-    },
-    "sim in three, attention on the GPU": {
-        "device": "sim",
-        "weights": "30,30,40",
-        "kv": "34,33,33",
-        "micro_batch": 40,
-        "cpu_attention": False,
-    },
+    **IN_THREE,
     "sim, block": {"device": "sim", "kv": "0,50,50", "schedule": "block", "micro_batch": 5},
     "sim, all on the GPU": {"device": "sim", "weights": "100,0,0", "kv": "100,0,0"},
 }

@@ -24,17 +24,16 @@ from flexbatch.sampling import SamplingParams
 from flexbatch.scheduler.scheduler import Scheduler
 from flexbatch.units import parse_shares
 from tests.lora.peft_cases import configs, make_adapters
+from tests.placements import IN_THREE
 from tests.tiny import tiny_checkpoint
 
 DISK = {"weights": "0,40,60", "kv": "0,0,100", "micro_batch": 40}
-SIM = {"device": "sim", "weights": "30,30,40", "kv": "34,33,33", "hidden": "34,33,33", "micro_batch": 40}
 SETTINGS: dict[str, dict[str, Any]] = {
     "cpu": {},
     "cpu, odd sizes": {"micro_batch": 13, "max_sequences": 7},
     "disk": DISK,
     "sim's GPU": {"device": "sim", "weights": "100,0,0", "kv": "100,0,0"},
-    "sim in three": {**SIM, "cpu_attention": True},
-    "sim in three, attention on the GPU": {**SIM, "cpu_attention": False},
+    **IN_THREE,
 }
 VOCAB = 149
 CLOSE = 1e-4  # rounding of fp32 sums that are cut elsewhere, through adapters that make much of it

@@ -23,27 +23,14 @@ from flexbatch.scheduler.scheduler import Scheduler
 from flexbatch.units import parse_shares
 from tests.lora.peft_cases import configs, generate_with, make_adapters, requests_with
 from tests.oracle import assert_equal, generate_alone, requests_of
+from tests.placements import IN_THREE
 from tests.tiny import FAMILIES, load_oracle, tiny_checkpoint
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "cpu": {},
     "cpu, odd sizes": {"micro_batch": 13, "max_sequences": 7},
     "cpu and disk": {"weights": "0,40,60", "kv": "0,50,50", "micro_batch": 40},
-    "sim in three": {
-        "device": "sim",
-        "weights": "30,30,40",
-        "kv": "34,33,33",
-        "hidden": "34,33,33",
-        "micro_batch": 40,
-        "cpu_attention": True,
-    },
-    "sim in three, attention on the GPU": {
-        "device": "sim",
-        "weights": "30,30,40",
-        "kv": "34,33,33",
-        "micro_batch": 40,
-        "cpu_attention": False,
-    },
+    **IN_THREE,
 }
 CLOSE = 5e-5  # fp32 products of other numbers of rows round differently
 

@@ -16,6 +16,7 @@ from flexbatch.requests import Result, TokenizedRequest
 from flexbatch.runtime.engine import Engine
 from flexbatch.units import parse_shares
 from tests.oracle import Row, assert_equal, generate_alone, ragged_rows, requests_of
+from tests.placements import IN_THREE
 from tests.tiny import FAMILIES, tiny_checkpoint
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -23,22 +24,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "weights and KV over RAM and disk": {"weights": "0,40,60", "kv": "0,50,50", "micro_batch": 40},
     "everything on disk": {"weights": "0,0,100", "kv": "0,0,100", "hidden": "0,0,100", "micro_batch": 33},
     "disk, block": {"weights": "0,40,60", "kv": "0,50,50", "schedule": "block", "micro_batch": 4},
-    "sim in three": {
-        "device": "sim",
-        "weights": "30,30,40",
-        "kv": "34,33,33",
-        "hidden": "34,33,33",
-        "micro_batch": 40,
-        "cpu_attention": True,
-    },
-    "sim in three, attention on the GPU": {
-        "device": "sim",
-        "weights": "30,30,40",
-        "kv": "34,33,33",
-        "hidden": "34,33,33",
-        "micro_batch": 40,
-        "cpu_attention": False,
-    },
+    **IN_THREE,
     "sim, block": {
         "device": "sim",
         "weights": "0,50,50",
