@@ -2,7 +2,8 @@
 
     python -m benchmarks.choose_time --output benchmarks/results/choose_time.json
 
-The machine is FlexGen's, the job 10,000 rows of 512+32 tokens. Medians; the parts are timed one after the other.
+The machine is FlexGen's (the profile ``t4``), the job 10,000 rows of 512+32 tokens. Medians; the parts are timed one
+after the other.
 """
 
 from __future__ import annotations
@@ -16,34 +17,20 @@ from pathlib import Path
 from typing import Any
 
 from flexbatch.checkpoint.locate import locate
-from flexbatch.models.registry import family_of
-from flexbatch.models.spec import model_size
+from flexbatch.cli.plan import shop_of
 from flexbatch.options import EngineOptions
 from flexbatch.policy.candidates import Shop, realise
-from flexbatch.policy.footprint import UnitSize
-from flexbatch.policy.machine import Machine
-from flexbatch.policy.machines import load_profile
-from flexbatch.policy.search import choose, chosen, ranking, trials_of
-from flexbatch.policy.verdict import simulated
+from flexbatch.policy.machines import load_profile, machine_of
+from flexbatch.policy.search import chosen, ranking, trials_of
+from flexbatch.policy.verdict import plan_of, simulated
 from flexbatch.policy.workload import Workload
-from flexbatch.units import GIB
 
 
 def measure(name: str, bits: int, runs: int) -> dict[str, Any]:
     """Seconds of each part."""
-    shape = locate(name, dummy=True).shape
-    table = family_of(shape).table(shape)
-    size = model_size(shape, table)
-    units = [
-        UnitSize(f"{group.prefix}{linear.name}", (index,), 2 * linear.in_features * linear.out_features,
-                 linear.in_features * linear.out_features, False)
-        for index, group in enumerate(table.layers, 1) for linear in group.linears
-    ]  # fmt: skip
-    elements = shape.vocab_size * shape.embed_dim
-    units.insert(0, UnitSize("embedding", (0, len(table.groups) - 1), 2 * elements, elements, True, True))
-    profile = load_profile("t4")
-    machine = Machine("gpu", int(15e9), int(200 * GIB), int(1.4e12), "float16")
+    folder, profile = locate(name, dummy=True), load_profile("t4")
     options = EngineOptions(weight_bits=4 if bits == 4 else 16, kv_bits=4 if bits == 4 else 16)
+    machine, workload = machine_of(profile, options, folder.shape.stored_dtype), Workload.uniform(512, 32, 10_000)
     found: dict[str, list[float]] = {"programs": [], "sweep": [], "choose": []}
 
     def timed(part: str, work: Callable[[], Any]) -> Any:
@@ -52,16 +39,15 @@ def measure(name: str, bits: int, runs: int) -> dict[str, Any]:
         found[part].append(time.perf_counter() - started)
         return result
 
+    def shop() -> Shop:
+        return shop_of(folder, workload, options, machine, profile)
+
     def once() -> None:
-        shop = Shop(name, size, tuple(units), Workload.uniform(512, 32, 10_000), options, machine, profile, "float16")
-        timed("programs", lambda: realise(shop, trials_of(shop, ranking(shop))))
-        best = chosen(shop).candidate
-        timed("sweep", lambda: simulated(shop, best, most=1_000_000))
-        timed(
-            "choose",
-            lambda: choose(name, size, units, Workload.uniform(512, 32, 10_000), options, machine, profile,
-                           stored_dtype="float16"),
-        )  # fmt: skip
+        one, fresh = shop(), shop()
+        timed("programs", lambda: realise(one, trials_of(one, ranking(one))))
+        best = chosen(one).candidate
+        timed("sweep", lambda: simulated(one, best, most=1_000_000))
+        timed("choose", lambda: plan_of(fresh, chosen(fresh)))
 
     for _ in range(runs):
         once()

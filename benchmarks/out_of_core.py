@@ -6,7 +6,8 @@ Every run is a process of its own inside a memory control group of ``--cap`` byt
 control groups version 1 or 2). accelerate is given the share of the model that fits and its disk offload for the rest,
 in fp32 and in bf16, and the better counts; it is timed per step, on ``--peer-steps`` steps, since it repeats the same
 work every step. The median step of each counts, medians of the runs; ratios are what to read. ``whole_job``: ours with
-prompts and slow sweeps included, against a peer whose prompts cost no more than a step.
+prompts and slow sweeps included, against a peer whose prompts cost no more than a step. ``of_plan``: the plan's
+seconds over ours; ``of_operations``: those of the products' operations alone, at the measured rate.
 """
 
 from __future__ import annotations
@@ -173,6 +174,8 @@ def main() -> None:
         "accelerate_step_s": peers,
         "ratio": min(peers.values()) / step_s if peers else None,
         "whole_job": min(peers.values()) / mean_s if peers else None,
+        "of_plan": statistics.median(one["plan"]["predicted"]["job_s"] / one["generate_s"] for one in stats),
+        "of_operations": statistics.median(one["roofline_s"] / one["generate_s"] for one in stats),
         "stats": stats[-1],
     }
     print(json.dumps(report, indent=1))

@@ -156,7 +156,7 @@ def main() -> None:
     parser.add_argument("--prompt-len", type=int, default=16)
     parser.add_argument("--gen-len", type=int, default=8)
     parser.add_argument(
-        "--sequences", type=lambda text: [int(one) for one in text.split(",")], default=[8, 32], help="in flight"
+        "--sequences", type=lambda text: [int(one) for one in text.split(",")], default=[8, 16, 32], help="in flight"
     )
     parser.add_argument("--only", default="", help="a part of the cases' names")
     parser.add_argument("--rounds", type=int, default=3, help="of the best three and the policy's plan")

@@ -17,7 +17,7 @@ PAGE_TOKENS = 64  # a run of 64 keys is long enough for a matrix product and sho
 KV_TILE_BYTES = 4 << 20
 """Numbers of packed KV that are in fp32 at a time, in bytes, where that does not depend on a context's length."""
 GPU_TILE_BYTES = 64 << 20
-"""Weights that a GPU unpacks at a time, in fp32 bytes: there is no cache to stay in, and every launch costs."""
+"""Of weights that a GPU brings to 16 bits at a time: there is no cache to stay in, and every launch costs."""
 CALIBRATION_SEQUENCES, CALIBRATION_TOKENS = 3, 256
 """How many sequences the basis of packed KV is found from, and how many tokens each has at most."""
 CALIBRATION_DIRECTIONS = 512
@@ -171,14 +171,14 @@ class ModelSize:
         return layer + max(scores, logits) + self.tile_bytes(tokens, dtype, stored)
 
     def tile_bytes(self, tokens: int, dtype: str, stored: str) -> int:
-        """Of weights on their way to ``dtype``, for products over ``tokens`` rows."""
+        """Of weights on their way to ``dtype``, for products over ``tokens`` rows. 4 bits pass through fp32."""
         if stored == dtype:
             return 0
         largest = 4 * max(group.matrices + group.shared for group in self.groups)
-        if dtype == "float32":
-            tile = min(largest, tile_bytes(tokens))
-            return tile + (tile // 4 if stored == "int4" else 0)
-        return 3 * min(largest, GPU_TILE_BYTES) if stored == "int4" else 0
+        tile = min(largest, tile_bytes(tokens) if dtype == "float32" else GPU_TILE_BYTES)
+        if stored != "int4":
+            return tile
+        return tile + tile // 4 if dtype == "float32" else 3 * tile
 
     def _packing_bytes(self, tokens: int, context: int) -> int:
         """Scratch memory, in fp32, of packing the keys and values of ``tokens`` and of attending to packed ones.

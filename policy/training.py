@@ -172,7 +172,8 @@ def working_bytes(size: ModelSize, job: TrainingJob, dtype: str) -> int:
     """What a pass needs beside saved inputs.
 
     Two hidden states of all its tokens, one window's inner states and their gradients, keys and values of the longest
-    micro-batch with theirs, a chunk of logits with its copy, and a tile of weights that are widened or unpacked.
+    micro-batch with theirs, a chunk of logits with its copy, and a tile of weights that are widened or unpacked (as if
+    they were in 4 bits, which takes most).
     """
     shape, each = size.shape, DTYPE_BYTES[dtype]
     inner = 8 * shape.hidden_size + 3 * size.qkv_width + 9 * shape.intermediate_size

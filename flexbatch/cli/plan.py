@@ -88,7 +88,7 @@ def run_plan(values: argparse.Namespace) -> ExitCode:
 
         beside = FinetunePlanner(finetune, folder, _codec(values.model, folder), options, machine)
         machine = beside.left
-    shop = _shop(folder, workload, options, machine, profile)
+    shop = shop_of(folder, workload, options, machine, profile)
     from flexbatch.policy.search import choose
     from flexbatch.policy.whatif import look_into
 
@@ -209,9 +209,10 @@ def _machine(
     return found, machine
 
 
-def _shop(
+def shop_of(
     folder: ModelFolder, workload: Workload, options: EngineOptions, machine: Machine, profile: HardwareProfile
 ) -> Shop:
+    """All that a plan depends on, from a model's configuration: no weights are read."""
     from flexbatch.models.registry import family_of
     from flexbatch.models.spec import model_size
     from flexbatch.policy.candidates import Shop

@@ -78,7 +78,7 @@ class Companion:
 
     def close(self) -> None:
         """End the job if it is under way still, for a signal may strike where nobody could ``abandon`` it."""
-        if self._is_running:
+        if self._running is not None:
             self.abandon(EndedError("the run is over"))
 
     @property
@@ -91,12 +91,12 @@ class Companion:
         return self.trainer.stats()
 
     @property
-    def _is_running(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
+    def _running(self) -> threading.Thread | None:
+        return self._thread if self._thread is not None and self._thread.is_alive() else None
 
     def _join(self) -> None:
-        if self._thread is not None and self._is_running:
-            self._thread.join()
+        if (thread := self._running) is not None:
+            thread.join()
 
     def _run(self) -> None:
         try:

@@ -28,10 +28,11 @@ from flexbatch.policy.profile import HardwareProfile
 from flexbatch.policy.simulator import SweepTiming
 from flexbatch.policy.training import WINDOW, TrainingJob, plan_training
 from flexbatch.policy.training_time import pass_timing
+from flexbatch.runtime.allocator import keep_freed_blocks
 from flexbatch.runtime.executor import Executor
-from flexbatch.runtime.setup import disk_folder, load_weights, machine_for, open_device, routes_of
+from flexbatch.runtime.setup import disk_folder, machine_for, open_device
 from flexbatch.runtime.trace import Trace
-from flexbatch.runtime.weight_store import Progress, unit_sizes, units_of
+from flexbatch.runtime.weight_store import Progress, WeightStore, unit_sizes, units_of
 from flexbatch.scheduler.training import Order, Visit, cut_batches, forward_order, reverse_order, riding_order
 from flexbatch.scheduler.training_lowering import TrainingLowerer
 
@@ -86,11 +87,12 @@ class Trainer(GradientSource):
         self.plan = plan_training(self._size, self._units, job, options, machine, stored_dtype=shape.stored_dtype)
         self._reader = DirectReader(rate=options.rates.get("disk_read"))
         tiers = self.plan.tiers
-        weights = load_weights(
-            table, checkpoint, units, tiers, self._device, self._reader, self.plan, progress, blocked=False
+        weights = WeightStore(
+            table, checkpoint, units, tiers, self._device, self._reader, self.plan, progress=progress, blocked=False
         )
+        keep_freed_blocks(self.plan.memory[machine.compute].working)
         parameters.to(self._device.torch_device)
-        self._routes = routes_of(weights, self.plan, shape.num_layers, self._device)
+        self._routes = weights.routes()
         dtype: torch.dtype = getattr(torch, self.plan.dtype)
         self._inputs = SavedInputs(
             self._device,

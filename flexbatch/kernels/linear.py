@@ -124,7 +124,8 @@ def _fused_kernel(x: Tensor, weight: Packed) -> Tensor:
 
 def _at_most(x: Tensor) -> int:
     """Bytes of a tile of weights that are brought to the type of ``x``, for a product over its rows."""
-    return tile_bytes(x.shape[0]) if x.device.type == "cpu" else GPU_TILE_BYTES
+    on_gpu = x.device.type != "cpu" and x.dtype != torch.float32
+    return GPU_TILE_BYTES if on_gpu else tile_bytes(x.shape[0])
 
 
 def _tiles(parts: Sequence[Weight], x: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -34,6 +34,7 @@ from flexbatch.policy.workload import Workload
 from flexbatch.requests import Result, RowError, TokenizedRequest
 from flexbatch.runtime.adapter_store import AdapterStore
 from flexbatch.runtime.adapters import AdapterRun, Adapters, adapter_error
+from flexbatch.runtime.allocator import keep_freed_blocks
 from flexbatch.runtime.answers import Answers
 from flexbatch.runtime.hardware import peak_rss, product_rate
 from flexbatch.runtime.hidden import HiddenMoves
@@ -41,10 +42,10 @@ from flexbatch.runtime.packed_kv import PackedKV
 from flexbatch.runtime.passenger import Loaded, Passenger
 from flexbatch.runtime.profile_cache import machine_profile
 from flexbatch.runtime.run_progress import RunProgress
-from flexbatch.runtime.setup import allocate_kv, disk_folder, load_weights, machine_for, open_device, routes_of
+from flexbatch.runtime.setup import allocate_kv, disk_folder, machine_for, open_device
 from flexbatch.runtime.sweep_runner import SweepRunner
 from flexbatch.runtime.trace import Trace
-from flexbatch.runtime.weight_store import Progress, unit_sizes, units_of
+from flexbatch.runtime.weight_store import Progress, WeightStore, unit_sizes, units_of
 from flexbatch.scheduler.lowering import Routes
 from flexbatch.scheduler.pages import PageAllocator
 from flexbatch.scheduler.prefix_cache import PrefixCache
@@ -113,9 +114,10 @@ class Engine:
                 self._units = unit_sizes(units)
                 self.plan, placement = self._place(workload)
         self._reader = DirectReader(rate=options.rates.get("disk_read"))
-        self._weights = load_weights(
-            table, checkpoint, units, placement.tiers, self._device, self._reader, self.plan, progress
+        self._weights = WeightStore(
+            table, checkpoint, units, placement.tiers, self._device, self._reader, self.plan, progress=progress
         )
+        keep_freed_blocks(self.plan.memory[self._device.compute].working)
         self._loaded_bytes = sum(entry.nbytes for entry in {id(e): e for e in checkpoint.entries.values()}.values())
         rope = folder.shape.rope
         self._rotary = None if rope is None else RotaryTable(rope, self._device.torch_device)
@@ -344,7 +346,7 @@ class Engine:
 
     def _routes(self) -> Routes:
         attends = self.plan.cpu_attention > 0 or self.plan.gpu_attention is not None
-        return routes_of(self._weights, self.plan, self._shape.num_layers, self._device, cpu_attention=attends)
+        return self._weights.routes(cpu_attention=attends)
 
     def _runner(self, adapters: AdapterRun | None) -> tuple[SweepRunner, AdapterStore | None]:
         routes = self._routes()

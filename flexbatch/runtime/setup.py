@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
-import torch
-
-from flexbatch.checkpoint.tensors import Checkpoint
 from flexbatch.memory.aligned import align_up
-from flexbatch.memory.direct import DirectReader
 from flexbatch.memory.kv import DiskPages, KVMemory, KVPool, PageShape
 from flexbatch.memory.spill import SpillFile
-from flexbatch.models.spec import WeightTable
 from flexbatch.options import EngineOptions
 from flexbatch.policy.machine import LANES, Machine
-from flexbatch.policy.plan import Plan, TierMemory
-from flexbatch.runtime.allocator import keep_freed_blocks
+from flexbatch.policy.plan import Plan
 from flexbatch.runtime.cuda import pick_device
 from flexbatch.runtime.device import Device
 from flexbatch.runtime.hardware import default_cpu_budget
-from flexbatch.runtime.weight_store import Progress, Unit, WeightStore
 from flexbatch.scheduler.lowering import Routes
 from flexbatch.units import GIB
 
@@ -53,78 +44,6 @@ def machine_for(options: EngineOptions, device: Device, stored_dtype: str) -> Ma
 def disk_folder(options: EngineOptions) -> Path:
     """Where spill files go."""
     return options.disk_dir if options.disk_dir is not None else Path(tempfile.gettempdir())
-
-
-class Streamed(Protocol):
-    """What a plan, of generation or of training, says of weights on their way; rings in bytes."""
-
-    @property
-    def dtype(self) -> str:
-        """The type of products."""
-
-    @property
-    def weights_dtype(self) -> str:
-        """The type that weights in memory are held in."""
-
-    @property
-    def host_ring(self) -> int:
-        """Of what disk reads go to."""
-
-    @property
-    def gpu_ring(self) -> int:
-        """Of what uploads go to."""
-
-    @property
-    def memory(self) -> Mapping[str, TierMemory]:
-        """Bytes by tier."""
-
-
-def load_weights(
-    table: WeightTable,
-    checkpoint: Checkpoint,
-    units: Sequence[Unit],
-    tiers: Mapping[str, str],
-    device: Device,
-    reader: DirectReader,
-    plan: Streamed,
-    progress: Progress | None,
-    *,
-    blocked: bool = True,
-) -> WeightStore:
-    """Load what ``tiers`` (by unit) says is not on disk; ``blocked``: laid out for products from the right."""
-    store = WeightStore(
-        table,
-        checkpoint,
-        units,
-        tiers,
-        device,
-        reader,
-        held=getattr(torch, plan.weights_dtype),
-        compute=getattr(torch, plan.dtype),
-        host_ring=plan.host_ring,
-        gpu_ring=plan.gpu_ring,
-        progress=progress,
-        blocked=blocked,
-    )
-    keep_freed_blocks(plan.memory[device.compute].working)
-    return store
-
-
-def routes_of(
-    weights: WeightStore, plan: Streamed, num_layers: int, device: Device, *, cpu_attention: bool = False
-) -> Routes:
-    """Which way weights and rows go in a sweep."""
-    return Routes(
-        num_layers=num_layers,
-        compute=device.compute,
-        reads=weights.reads,
-        uploads=weights.uploads,
-        host_ring=plan.host_ring,
-        gpu_ring=plan.gpu_ring,
-        gather=weights.gather_on,
-        cpu_attention=cpu_attention,
-        lanes=LANES,
-    )
 
 
 def allocate_kv(

@@ -9,6 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +21,9 @@ from flexbatch.memory.direct import DirectReader, Extent, ReadPlan, plan_reads
 from flexbatch.memory.weights import GroupWeights, Operand
 from flexbatch.models.spec import GroupSpec, LinearSpec, WeightTable
 from flexbatch.policy.footprint import UnitSize
+from flexbatch.policy.machine import LANES
 from flexbatch.runtime.device import Device
+from flexbatch.scheduler.lowering import Routes
 from flexbatch.scheduler.steps import Resource, Step
 
 Progress = Callable[[str, int, int], None]
@@ -84,11 +87,31 @@ def unit_sizes(units: Sequence[Unit]) -> list[UnitSize]:
     return list(seen.values())
 
 
+class Streamed(Protocol):
+    """What a plan, of generation or of training, says of weights on their way; rings in bytes."""
+
+    @property
+    def dtype(self) -> str:
+        """The type of products."""
+
+    @property
+    def weights_dtype(self) -> str:
+        """The type that weights in memory are held in."""
+
+    @property
+    def host_ring(self) -> int:
+        """Of what disk reads go to."""
+
+    @property
+    def gpu_ring(self) -> int:
+        """Of what uploads go to."""
+
+
 class WeightStore:
     """The weights of one model, placed by ``tiers`` (unit key -> tier).
 
-    On a device without a GPU tier, units in RAM are widened to ``held``; all others, and weights in 4 bits anywhere,
-    stay as stored until a product reads them. Small tensors are resident in ``compute`` dtype where products run.
+    On a device without a GPU tier, units in RAM are widened to the plan's ``weights_dtype``; all others, and weights in
+    4 bits anywhere, stay as stored until a product reads them. Small tensors are in ``dtype``, where products run.
     ``blocked``: matrices may rest in a layout that only products by their transpose read.
     """
 
@@ -100,19 +123,18 @@ class WeightStore:
         tiers: Mapping[str, str],
         device: Device,
         reader: DirectReader,
+        plan: Streamed,
         *,
-        held: torch.dtype,
-        compute: torch.dtype,
-        host_ring: int,
-        gpu_ring: int,
         progress: Progress | None = None,
         blocked: bool = True,
     ) -> None:
         self._checkpoint = checkpoint
         self._device = device
         self._reader = reader
-        self._held = held
-        self._compute = compute
+        self._plan = plan
+        self._layers = len(table.layers)
+        self._held: torch.dtype = getattr(torch, plan.weights_dtype)
+        self._compute: torch.dtype = getattr(torch, plan.dtype)
         self._blocked = blocked
         self._on_gpu = device.compute == "gpu"
         self._resident: list[GroupWeights] = []
@@ -143,8 +165,8 @@ class WeightStore:
                     unit.key: tuple(self._in_host(entry) for entry in unit.entries) for unit in stream.from_host
                 }
         nothing = torch.empty(0, dtype=torch.uint8)
-        self._host_ring = device.host_buffer(host_ring) if self.reads else nothing
-        self._gpu_ring = device.gpu_buffer(gpu_ring) if self.uploads else nothing
+        self._host_ring = device.host_buffer(plan.host_ring) if self.reads else nothing
+        self._gpu_ring = device.gpu_buffer(plan.gpu_ring) if self.uploads else nothing
         # By group and unit the bytes of each part: what has come to the compute tier, and from disk to the host ring.
         self._ready: dict[int, dict[str, tuple[Tensor, ...]]] = {}
         self._arrived: dict[int, dict[str, tuple[Tensor, ...]]] = {}
@@ -167,6 +189,20 @@ class WeightStore:
         whole layers that were asked for before the tokens were known.
         """
         return None if self._table_tier is None else "cpu"
+
+    def routes(self, *, cpu_attention: bool = False) -> Routes:
+        """Which way weights and rows go in a sweep."""
+        return Routes(
+            num_layers=self._layers,
+            compute=self._device.compute,
+            reads=self.reads,
+            uploads=self.uploads,
+            host_ring=self._plan.host_ring,
+            gpu_ring=self._plan.gpu_ring,
+            gather=self.gather_on,
+            cpu_attention=cpu_attention,
+            lanes=LANES,
+        )
 
     def read(self, step: Step) -> None:
         """Bring a group's weights from disk to byte ``step.slot`` of the host ring."""

@@ -215,9 +215,8 @@ class _Flight:
         self.batches = range(len(sweep.micro_batches))
         self.newest: list[int | None] = [None] * len(sweep.micro_batches)
         self.users: list[int | None] = [None] * len(sweep.micro_batches)
-        self.written: dict[
-            int, dict[Resource, int]
-        ] = {}  # layer group -> the last write: those before it are done then
+        # Layer group -> the last write of each resource: when it is done, those before it are.
+        self.written: dict[int, dict[Resource, int]] = {}
         self._last_attend: dict[int, int] = {}
         self._last_write: dict[int, int] = {}
         self._hidden_outs: list[int] = []

@@ -101,7 +101,7 @@ class Ready(Companion):
 
     def start(self) -> None:
         super().start()
-        while self.trainer._asked.empty() and self._is_running:
+        while self.trainer._asked.empty() and self._running is not None:
             time.sleep(0.001)
 
 

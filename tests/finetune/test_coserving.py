@@ -96,7 +96,8 @@ def test_gradients_and_text_are_those_of_each_alone(
     thread = threading.Thread(target=job)
     with Engine(folder, None, options, Workload.of(requests), passenger=trainer) as engine:
         thread.start()
-        while trainer._asked.empty():  # otherwise inference may be over before training asks for something
+        # Otherwise inference may be over before training asks for something.
+        while trainer._asked.empty() and thread.is_alive():
             time.sleep(0.001)
         results = list(engine.run(requests))
         trainer.drive()
