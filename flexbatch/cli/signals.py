@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
+from _thread import start_new_thread
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 from flexbatch.errors import ExitCode
 
 _CODES = {signal.SIGINT: ExitCode.INTERRUPTED, signal.SIGTERM: ExitCode.TERMINATED}
+# An exception between two instructions of these leaves a lock taken or given back twice: the next thread to need it
+# waits for ever, or a RuntimeError takes the exception's place.
+_LOCKING = (threading.__file__, str(Path(threading.__file__).parent / "concurrent"))
+_PUT_OFF_S = (0.002, 0.004, 0.008, 0.016, 0.032)
 
 
 class Interrupted(BaseException):
@@ -48,16 +55,26 @@ class Stop:
 def interruptible() -> Iterator[Stop]:
     """Within the block the first signal raises Interrupted in the main thread; a second one ends the process at once.
 
-    In another thread than the main one it changes nothing, for signals do not reach it.
+    One that strikes amid Python's own locks is put off until they are left; where that is long, the thread is asleep at
+    a lock, and may be woken. In another thread than the main one it changes nothing, for signals do not reach it.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
+    delays = list(_PUT_OFF_S)
+    main = threading.get_ident()
+
+    def again(number: int, delay: float) -> None:
+        time.sleep(delay)
+        if signal.getsignal(number) is handle:
+            signal.pthread_kill(main, number)
 
     def handle(number: int, frame: FrameType | None) -> None:
-        del frame
         stop.exit_code = _CODES[signal.Signals(number)]
+        if delays and not stop.is_held and _is_locking(frame):
+            start_new_thread(again, (number, delays.pop(0)))
+            return
         for each in _CODES:
             signal.signal(each, signal.SIG_DFL)
         if not stop.is_held:
@@ -69,3 +86,11 @@ def interruptible() -> Iterator[Stop]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+
+def _is_locking(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith(_LOCKING):
+            return True
+        frame = frame.f_back
+    return False

@@ -14,6 +14,7 @@ import pytest
 
 from flexbatch.cli.main import main
 from tests.acceptance.program import Program, story_rows
+from tests.strike import Strike
 
 SPILLING = ("--weights", "0,0,100", "--kv", "0,0,100", "--hidden", "0,0,100", "--max-sequences", "3", "--quiet")
 
@@ -118,4 +119,15 @@ def test_a_stop_in_the_middle(stop: signal.Signals, code: int, job: Job, expecte
         assert ended == code
         assert job.rows_kept() >= 1
         assert job.run() == 0
+    assert job.program.output.read_bytes() == expected
+
+
+@pytest.mark.parametrize("at", [*range(27, 47, 2)])  # some of them where a lock is given back, or taken, for a wait
+def test_a_stop_amid_locks(at: int, job: Job, expected: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    with Strike(at, lambda: job.program.part.exists() and job.rows_kept() >= 1, "wait") as strike:
+        assert job.run() == 130
+    assert strike.left <= 0
+    assert "Traceback" not in capsys.readouterr().err
+    assert list(job.spills.iterdir()) == []
+    assert job.run() == 0
     assert job.program.output.read_bytes() == expected

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from flexbatch.cli.signals import Interrupted, Stop, interruptible
 from flexbatch.errors import ExitCode
+from tests.strike import Strike
 
 
 def interrupted(log: list[str], number: int, *, hold: bool) -> None:
@@ -52,3 +56,47 @@ def test_an_error_in_the_block_wins_over_the_signal() -> None:
         assert not stop.is_held
         with pytest.raises(Interrupted):
             stop.check()
+
+
+def wait_for_a_thread(changed: threading.Condition, pool: ThreadPoolExecutor) -> None:
+    """What may not be interrupted just anywhere: a thread is started, and waited for in three ways."""
+    done: list[int] = []
+
+    def work() -> None:
+        with changed:
+            done.append(1)
+            changed.notify_all()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    pool.submit(work).result()
+    with changed:
+        changed.wait_for(lambda: len(done) == 2)
+    thread.join()
+
+
+def struck(strike: Strike) -> None:
+    changed = threading.Condition(threading.Lock())
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            with interruptible():
+                with strike:
+                    wait_for_a_thread(changed, pool)
+                if strike.left <= 0:
+                    time.sleep(10)
+        finally:
+            assert changed.acquire(timeout=10), "the lock was left taken"
+
+
+def test_a_signal_amid_locks_leaves_none_of_them_taken() -> None:
+    at = 0
+    while True:
+        at += 1
+        strike = Strike(at)
+        try:
+            struck(strike)
+        except Interrupted:
+            continue
+        break
+    assert at > 200
+    assert strike.left > 0, "a signal was lost"
