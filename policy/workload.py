@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ class Mean:
     rows only score, tokens of their prompts); ``pages`` it holds;
     ``decode`` and ``prompt``: what its decoding and its prompt ask of each layer.
     ``standing``: pages of shared prefixes that are held besides; ``most`` a row holds of its own at its longest.
+    ``spread``: standard deviation of the sweeps, relative to their mean.
     """
 
     rows: int
@@ -31,6 +33,7 @@ class Mean:
     prompt: Load
     standing: int = 0
     most: float = 0.0
+    spread: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -121,12 +124,13 @@ class Workload:
         shares = none if block or not self.shared else tuple(at // page_tokens * page_tokens for at in self.shared)
         kinds = Counter(zip(self.prompts, self.generations, shares, strict=True))
         layers = sum(windows.values())
-        sweeps = new = prompt = pairs = keys = filled = dirty = pages = 0.0
+        sweeps = squares = new = prompt = pairs = keys = filled = dirty = pages = 0.0
         for (length, asked, shared), count in kinds.items():
             steps = max(1, min(asked, max_positions + 1 - length))
             decoding = steps - 1
             middle = length + 1 + (decoding - 1) / 2
             sweeps += count * steps
+            squares += count * steps * steps
             new += count * min(asked, steps)
             prompt += count * (length - shared)
             dirty += count * (-(-length // page_tokens) - shared // page_tokens + decoding)
@@ -159,6 +163,7 @@ class Workload:
             ),
             standing=0 if block else max(self.prefixes, default=0) // page_tokens,
             most=float(longest) if block or not self.shared else self._most(max_positions, page_tokens),
+            spread=math.sqrt(max(0.0, squares * self.num_requests / sweeps**2 - 1)),
         )
 
     def _most(self, max_positions: int, page_tokens: int) -> float:
