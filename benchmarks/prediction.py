@@ -1,6 +1,6 @@
 """Whether plans take as long as they say: predicted against measured seconds, over varied placements.
 
-    python benchmarks/prediction.py --models DIR[,DIR] [--disk-dir DIR] [--only NAME,NAME] [--output FILE [--add]]
+    python benchmarks/prediction.py --models DIR[,DIR] [--disk-dir DIR] [--only "NAME;NAME"] [--output FILE [--add]]
 
 Every setting runs as ``flexbatch run`` in a process of its own; before every third one the machine is profiled anew, so
 that its speed of that hour counts. ``sim`` runs and their profile have one thread for products, so that the GPU it
@@ -155,7 +155,7 @@ def main() -> None:
     options = parser.parse_args()
     models = options.models.split(",")
     wanted = [
-        item for item in SETTINGS if options.only is None or any(part in item.name for part in options.only.split(","))
+        item for item in SETTINGS if options.only is None or any(part in item.name for part in options.only.split(";"))
     ]
     runs: list[dict[str, Any]] = []
     if options.add and options.output and options.output.exists():

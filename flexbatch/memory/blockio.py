@@ -10,10 +10,12 @@ import fcntl
 import os
 import threading
 import time
+import weakref
+from _thread import start_new_thread
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from queue import SimpleQueue
 
 from flexbatch.memory.aligned import align_down
 from flexbatch.units import KIB, MIB
@@ -24,6 +26,7 @@ REQUEST_BYTES = 4 * MIB
 """The longest request."""
 _MOST_VIEWS = 1024  # Linux takes no more in one call
 _SMALL = 64 * KIB  # bytes of a request
+_LOOK_S = 0.005  # seconds until a thread that sleeps looks up
 _OVERSLEPT = 0.001  # seconds by which a sleep may end late: no idle time of a throttled disk
 
 
@@ -191,12 +194,18 @@ class Throttle:
 
 
 class RequestPool:
-    """A few threads that keep as many requests in flight; its methods may be called from several threads at once."""
+    """A few threads that keep as many requests in flight; its methods may be called from several threads at once.
+
+    Threads meet in SimpleQueues and in what one instruction does only: no lock is ever held, so an interrupt of the
+    caller, wherever it strikes, leaves none taken.
+    """
 
     def __init__(self, threads: int) -> None:
         assert threads > 0
         self._threads = threads
-        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="disk")
+        self._crew = _Crew()
+        # Whoever forgets to close a pool leaves no threads behind: they know the crew only.
+        weakref.finalize(self, self._crew.dismiss)
 
     def run(self, move: Callable[[Request], int], requests: Sequence[Request], throttle: Throttle) -> int:
         """Move every request and return the sum of what ``move`` returned.
@@ -206,72 +215,97 @@ class RequestPool:
         """
         spell = _Spell(move, requests, throttle)
         workers = min(self._threads, len(requests))
-        try:
-            if workers <= 1:
-                spell.work()  # a hand-over would only add to its latency
-            else:
-                for _ in range(workers):
-                    self._executor.submit(spell.work)
-            spell.join()
-        except BaseException:
-            spell.cancel()
-            if workers > 1:  # the caller's own request ended with the interrupt
+        if workers <= 1:
+            spell.work()  # a hand-over would only add to its latency
+        else:
+            try:
+                self._crew.give(spell, workers)
                 spell.join()
-            raise
+            except BaseException:
+                spell.cancelled = True
+                spell.work()  # ends what nobody has begun
+                spell.join()
+                raise
         if spell.error is not None:
             raise spell.error
-        return spell.moved
+        return sum(spell.ended)
 
     def close(self) -> None:
         """End the threads, after what they are doing."""
-        self._executor.shutdown()
+        self._crew.dismiss()
+        self._crew.join()
+
+
+class _Crew:
+    """Threads that work on spells; they start when there is work for them."""
+
+    def __init__(self) -> None:
+        self._spells: SimpleQueue[_Spell | None] = SimpleQueue()
+        self._hired: list[None] = []
+        self._gone: list[None] = []
+
+    def give(self, spell: _Spell, workers: int) -> None:
+        """Let ``workers`` threads work on ``spell``."""
+        while len(self._hired) < workers:
+            start_new_thread(self._serve, ())
+            self._hired.append(None)
+        for _ in range(workers):
+            self._spells.put(spell)
+
+    def dismiss(self) -> None:
+        """Let every thread end once it has nothing to do."""
+        for _ in range(len(self._hired) - len(self._gone)):
+            self._spells.put(None)
+
+    def join(self) -> None:
+        """Return when they have ended."""
+        while len(self._gone) < len(self._hired):
+            time.sleep(_LOOK_S)
+        self._hired.clear()
+        self._gone.clear()
+
+    def _serve(self) -> None:
+        while (spell := self._spells.get()) is not None:
+            spell.work()
+            del spell  # and the buffers it knows
+        self._gone.append(None)
 
 
 class _Spell:
-    """The requests of one call, taken one by one by whoever has time."""
+    """The requests of one call, taken one by one by whoever has time. ``ended``: bytes moved by each that is over."""
 
     def __init__(self, move: Callable[[Request], int], requests: Sequence[Request], throttle: Throttle) -> None:
         self.error: BaseException | None = None
-        self.moved = 0
+        self.cancelled = False
+        self.ended: list[int] = []
         self._move = move
         self._throttle = throttle
+        self._count = len(requests)
         self._left = deque(requests)
-        self._in_flight = 0
-        self._stop = threading.Event()
-        self._changed = threading.Condition()
+        self._bell: SimpleQueue[None] = SimpleQueue()
 
     def work(self) -> None:
-        """Move requests until none is left."""
-        while (request := self._take()) is not None:
+        """Move requests until none is left; once it is cancelled, end them without."""
+        while True:
+            try:
+                request = self._left.popleft()
+            except IndexError:
+                return
             moved = 0
             try:
-                ready = self._throttle.reserve(request.nbytes)
-                moved = self._move(request)
-                while (early := ready - time.monotonic()) > 0 and not self._stop.wait(early):
-                    pass
+                if not self.cancelled:
+                    ready = self._throttle.reserve(request.nbytes)
+                    moved = self._move(request)
+                    while not self.cancelled and (early := ready - time.monotonic()) > 0:
+                        time.sleep(min(early, _LOOK_S))
             except BaseException as error:  # noqa: BLE001  raised again by the caller's thread
                 self.error = self.error or error
-                self.cancel()
+                self.cancelled = True
             finally:
-                with self._changed:
-                    self.moved += moved
-                    self._in_flight -= 1
-                    self._changed.notify_all()
-
-    def cancel(self) -> None:
-        """Let nothing begin any more."""
-        with self._changed:
-            self._left.clear()
-            self._stop.set()
+                self.ended.append(moved)
+                self._bell.put(None)
 
     def join(self) -> None:
         """Return when nothing is left and nothing in flight."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._left and self._in_flight == 0)
-
-    def _take(self) -> Request | None:
-        with self._changed:
-            if not self._left:
-                return None
-            self._in_flight += 1
-            return self._left.popleft()
+        while len(self.ended) < self._count:  # each that ends is counted first and rings afterwards
+            self._bell.get()

@@ -20,6 +20,7 @@ from flexbatch.kernels.kv4_basis import Basis
 from flexbatch.kernels.linear import Weight, linear, pack
 from flexbatch.kernels.norms import rms_norm
 from flexbatch.kernels.paged import has_kernels, key_rows, store_paged
+from flexbatch.kernels.rotary import apply_rotary
 from flexbatch.memory.kv import PageShape
 from flexbatch.runtime.device import Device
 from flexbatch.runtime.executor import Executor
@@ -283,16 +284,30 @@ def _sequences(bench: Bench, kv_heads: int, context: int, dtype: torch.dtype) ->
 
 
 def steps(bench: Bench, dtype: torch.dtype) -> Probe:
-    """Steps/s of the executor where each does next to nothing: a norm, two tiny products and an addition on one row."""
+    """Steps/s of the executor where each does half of what a layer does, on a few rows of next to no width.
+
+    One half is a norm, a product and rotary embedding; the other three products, a norm and a gated activation.
+    """
     device = bench.torch_device
 
     def samplers() -> Iterator[Sampler]:
+        width, rows = _STEP_WIDTH, _SHORT_ROWS
         with bench.device.lane(bench.tier):
-            x = torch.randn(1, _STEP_WIDTH, device=device).to(dtype)
-            weight = torch.randn(_STEP_WIDTH, _STEP_WIDTH, device=device).to(dtype)
+            x = torch.randn(rows, width, device=device).to(dtype)
+            scale = torch.ones(width, device=device).to(dtype)
+            angles = torch.rand(2, rows, width // 4, device=device)
+            drawn = [torch.randn(wide * width, width, device=device).to(dtype) / width for wide in (2, 1, 2, 1)]
+        own = drawn if bench.tier == "gpu" else [pack(weight) for weight in drawn]
+        qkv, out, gate_up, down = ((weight,) for weight in own)
 
-        def handle(_: Step) -> None:
-            _drop(linear(linear(rms_norm(x, weight[0], 1e-5), (weight,)), (weight,), x[0]))
+        def handle(step: Step) -> None:
+            if step.id % 2:
+                heads = linear(rms_norm(x, scale, 1e-5), qkv).view(rows, -1, width // 2)
+                _drop(apply_rotary(heads.split((3, 1), dim=1)[0], angles[0], angles[1]))
+            else:
+                state = linear(x, out).add_(x)
+                gate, up = linear(rms_norm(state, scale, 1e-5), gate_up).chunk(2, dim=-1)
+                _drop(linear(activate("silu", gate).mul_(up), down).add_(state))
 
         executor = Executor({"finish": handle}, bench.device, Trace(keep=False), overlap=True)
         watch = Stopwatch(bench.device, bench.tier)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from flexbatch.cli.main import main
+from flexbatch.memory import blockio
 from tests.acceptance.program import Program, story_rows
 from tests.strike import Strike
 
@@ -122,9 +123,12 @@ def test_a_stop_in_the_middle(stop: signal.Signals, code: int, job: Job, expecte
     assert job.program.output.read_bytes() == expected
 
 
-@pytest.mark.parametrize("at", [*range(27, 47, 2)])  # some of them where a lock is given back, or taken, for a wait
-def test_a_stop_amid_locks(at: int, job: Job, expected: bytes, capsys: pytest.CaptureFixture[str]) -> None:
-    with Strike(at, lambda: job.program.part.exists() and job.rows_kept() >= 1, "wait") as strike:
+@pytest.mark.parametrize("at", [1, 20, 75, 150, 200, 240, 300, 500, 1000])
+def test_a_stop_while_rows_are_read(at: int, job: Job, expected: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    def some_row_is_kept() -> bool:
+        return job.program.part.exists() and job.rows_kept() >= 1
+
+    with Strike(at, (blockio.__file__,), some_row_is_kept) as strike:
         assert job.run() == 130
     assert strike.left <= 0
     assert "Traceback" not in capsys.readouterr().err

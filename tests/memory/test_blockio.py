@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from flexbatch.memory import blockio
 from flexbatch.memory.aligned import BLOCK, align_down, align_up, aligned_buffer, aligned_bytes
 from flexbatch.memory.blockio import BlockFile, Request, RequestPool, Throttle, merge, split
 from flexbatch.units import MIB
+from tests.strike import Strike
 
 
 @pytest.mark.parametrize(
@@ -187,3 +190,39 @@ def test_interrupt_of_the_caller_waits_only_for_what_is_in_flight(threads: int) 
     time.sleep(0.15)
     assert len(begun) == after < 100
     pool.close()
+
+
+def test_an_interrupt_at_any_instruction_leaves_the_pool_of_use() -> None:
+    pool = RequestPool(3)
+    moved: list[int] = []
+
+    def move(request: Request) -> int:
+        moved.append(request.offset)
+        return 1
+
+    def struck(at: int) -> bool:
+        strike = Strike(at, (blockio.__file__,))
+        with suppress(KeyboardInterrupt), strike:
+            pool.run(move, requests_of(8), Throttle(None))
+        return strike.left <= 0
+
+    at = 1
+    while struck(at):
+        after = len(moved)
+        assert pool.run(move, requests_of(8), Throttle(None)) == 8
+        assert len(moved) == after + 8, "something was still in flight"
+        at += 1
+    assert at > 100
+    pool.close()
+    assert pool.run(move, requests_of(8), Throttle(None)) == 8  # with new threads
+    pool.close()
+
+
+def test_a_pool_that_is_forgotten_ends_its_threads() -> None:
+    pool = RequestPool(3)
+    crew = pool._crew
+    pool.run(lambda _: 1, requests_of(8), Throttle(None))
+    assert len(crew._hired) == 3
+    del pool
+    gc.collect()
+    crew.join()
