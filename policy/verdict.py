@@ -10,7 +10,7 @@ from typing import Any
 
 from flexbatch.policy.candidates import Candidate, Shop
 from flexbatch.policy.cost import Traffic, Way
-from flexbatch.policy.job import job_seconds, steady_seconds, sweep_busy
+from flexbatch.policy.job import Setting, job_seconds, steady_seconds, sweep_busy
 from flexbatch.policy.machine import LANES
 from flexbatch.policy.plan import Plan
 from flexbatch.policy.sample import steady_sweep
@@ -82,22 +82,21 @@ def estimate(shop: Shop, candidate: Candidate, limit: float) -> Estimate:
         batches = max(batches, setting.sequences * mean.pages / cut.staged_pages)
     layers = max(_FEWEST_LAYERS, min(_LAYERS, int(_FEW_STEPS / max(1.0, batches))))
     timing = simulated(shop, candidate, layers=min(layers, shop.size.shape.num_layers))
-    stretch = 1.0
-    if timing is not None:
-        most = max(timing.busy_s.values()) if setting.overlap else sum(timing.busy_s.values())
-        stretch = max(1.0, timing.seconds / most) if most > 0 else 1.0
+    stretch = 1.0 if timing is None else _stretch(setting, timing)
     return Estimate(candidate, stretch, stretch * steady_seconds(setting), limit / stretch)
 
 
 def plan_of(shop: Shop, found: Estimate) -> tuple[Plan, WeightPlacement]:
-    """The Plan, with the prediction of a whole sweep simulated Step by Step."""
+    """The Plan. A whole sweep, simulated Step by Step, says how much longer sweeps take than their busiest resource.
+
+    How long that is busy comes from means: the sweep that is simulated has whole rows, a few tokens more or less.
+    """
     candidate, setting = found.candidate, found.candidate.setting
     timing = simulated(shop, candidate)
-    expected = steady_seconds(setting)
-    seconds = found.sweep_s if timing is None else timing.seconds
-    busy = sweep_busy(setting, setting.sequences * setting.mean.decode.decoding, setting.steady_prompt)
-    resource_s = busy if timing is None else timing.busy_s
-    whole = job_seconds(setting) * (seconds / expected if expected > 0 else 1.0)
+    resource_s = sweep_busy(setting, setting.sequences * setting.mean.decode.decoding, setting.steady_prompt)
+    stretch = found.stretch if timing is None else _stretch(setting, timing)
+    seconds = stretch * steady_seconds(setting)
+    whole = stretch * job_seconds(setting)
     tokens = setting.mean.tokens * setting.mean.sweeps * setting.mean.rows
     predicted = {
         "throughput_tok_s": tokens / max(whole, 1e-12),
@@ -108,6 +107,12 @@ def plan_of(shop: Shop, found: Estimate) -> tuple[Plan, WeightPlacement]:
         "steady_tok_s": setting.sequences * setting.mean.tokens / max(seconds, 1e-12),
     }
     return _plan(shop, candidate, predicted), candidate.placement
+
+
+def _stretch(setting: Setting, timing: SweepTiming) -> float:
+    """A simulated sweep's seconds over those of its busiest resource, or of all without overlap."""
+    least = max(timing.busy_s.values()) if setting.overlap else sum(timing.busy_s.values())
+    return max(1.0, timing.seconds / least) if least > 0 else 1.0
 
 
 def routes_of(weights: Traffic, placement: WeightPlacement, num_layers: int, compute: str) -> Routes:
