@@ -14,8 +14,8 @@ from flexbatch.policy.workload import Mean
 _STRIDES = 16  # moments at which a row's life is looked at
 _WAVES = 3  # so many times the sequences in flight are followed; what is between is steady
 _WAVES_ALIKE = 8  # where all rows take about as many sweeps: those that begin together end together
-_MANY_BEGIN = 16.0  # rows that begin in a sweep: with more, chance evens out
 _ALIKE = 0.05  # the most that they then differ by: eight waves later they are still far from evenly spread
+_MANY_BEGIN = 16.0  # rows that begin in a sweep: with more, chance evens out
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,17 +107,17 @@ def job_seconds(setting: Setting) -> float:
         wave = whole - _followed_seconds(setting, followed - setting.sequences) if between else 0.0
         return whole + between * wave
     followed = min(float(mean.rows), float(_WAVES * setting.sequences))
-    rest = (mean.rows - followed) / setting.sequences * mean.sweeps * uneven_seconds(setting)
+    rest = (mean.rows - followed) / setting.sequences * mean.sweeps * _uneven_seconds(setting)
     return rest + _followed_seconds(setting, followed)
 
 
-def uneven_seconds(setting: Setting) -> float:
+def _uneven_seconds(setting: Setting) -> float:
     """Seconds of a steady sweep on average, where as many rows begin as chance will have it (Poisson)."""
     mean = setting.mean
-    decoding = setting.sequences * mean.decode.decoding
     begun = setting.sequences * mean.prompt.readouts
     if begun > _MANY_BEGIN:
-        return sweep_seconds(setting, decoding, setting.steady_prompt)
+        return steady_seconds(setting)
+    decoding = setting.sequences * mean.decode.decoding
     length = mean.prompt.tokens / mean.prompt.readouts
     likely, seconds, left = math.exp(-begun), 0.0, 1.0
     rows = 0

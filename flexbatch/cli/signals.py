@@ -71,10 +71,10 @@ def interruptible() -> Iterator[Stop]:
             signal.pthread_kill(main, number)
 
     def handle(number: int, frame: FrameType | None) -> None:
-        stop.exit_code = _CODES[signal.Signals(number)]
         if delays and not stop.is_held and _is_locking(frame):
             start_new_thread(again, (number, delays.pop(0)))
             return
+        stop.exit_code = _CODES[signal.Signals(number)]
         for each in _CODES:
             signal.signal(each, signal.SIG_DFL)
         if not stop.is_held:

@@ -217,6 +217,7 @@ def test_an_interrupt_at_any_place_leaves_the_pool_of_use() -> None:
     pool.close()
     assert pool.run(move, requests_of(8), Throttle(None)) == 8  # with new threads
     pool.close()
+    assert sys.exc_info() == (None, None, None), "a strike left an exception half handled"
 
 
 def test_a_pool_that_is_forgotten_ends_its_threads() -> None:
@@ -227,7 +228,3 @@ def test_a_pool_that_is_forgotten_ends_its_threads() -> None:
     del pool
     gc.collect()
     crew.join()
-
-
-def test_strikes_leave_nothing_behind() -> None:
-    assert sys.exc_info() == (None, None, None)
