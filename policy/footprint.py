@@ -11,6 +11,8 @@ from typing import Literal
 from flexbatch.shapes import ModelShape
 
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+RANGE_SLACK = 136 << 10
+"""What rounding to blocks of the disk and reading over a small gap may add to the bytes of a tensor."""
 GROUP = 64
 """Elements that share a scale and a minimum in 4 bits."""
 PAGE_TOKENS = 64  # a run of 64 keys is long enough for a matrix product and short enough to waste little
@@ -213,6 +215,7 @@ class UnitSize:
 
     ``nbytes`` as stored; ``edge``: embedding or head, not a layer's; ``table``: the embedding group looks rows of it up
     (the head may multiply by it besides). ``packed`` of the ``elements`` are in 4 bits, ``packed_bytes`` of ``nbytes``.
+    ``parts``: tensors, or pieces of them, that it consists of.
     """
 
     key: str
@@ -223,3 +226,9 @@ class UnitSize:
     table: bool = False
     packed: int = 0
     packed_bytes: int = 0
+    parts: int = 1
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of a ring that it takes at most: rounding to blocks and reading over small gaps add to every part."""
+        return self.nbytes + self.parts * RANGE_SLACK

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from flexbatch.policy.cost import Cost, Load, Precision, Traffic, Way, traffic
-from flexbatch.policy.footprint import UnitSize
+from flexbatch.policy.footprint import RANGE_SLACK, UnitSize
 from flexbatch.policy.machine import LANES, Machine
 from flexbatch.policy.memory import Cut, resident_bytes
 from flexbatch.policy.program import Problem, Row
-from flexbatch.policy.weights import BLOCK, RANGE_SLACK, WeightPlacement
+from flexbatch.policy.weights import BLOCK, WeightPlacement
 from flexbatch.policy.workload import Mean
 from flexbatch.units import Shares
 
@@ -175,7 +175,7 @@ def _free(choice: Choice, cost: Cost, units: Sequence[UnitSize], machine: Machin
     layers = [unit for unit in units if not unit.edge]
     edges = [unit for unit in units if unit.edge]
     total = float(sum(unit.nbytes for unit in layers))
-    layer = float(sum(unit.nbytes + RANGE_SLACK for unit in layers)) / max(1, cost.size.shape.num_layers)
+    layer = float(sum(unit.buffer_bytes for unit in layers)) / max(1, cost.size.shape.num_layers)
     tiers = [
         tier for tier in ("gpu", "cpu", "disk") if tier in bounds.weights_on and (tier != "gpu" or compute == "gpu")
     ]

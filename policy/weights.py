@@ -12,7 +12,6 @@ from flexbatch.units import KIB, Shares
 
 _AHEAD = 3  # mean groups that may be on their way beside the largest one, where memory allows
 BLOCK = 4 * KIB  # what disks are read in
-RANGE_SLACK = 3 * 136 * KIB  # what rounding to blocks and reading over small gaps may add to a unit's parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +76,9 @@ def deal(units: Sequence[UnitSize], shares: Shares, *, compute: str, edges: str 
             if group == 0 and unit.table:
                 continue
             if tier == "disk":
-                from_disk[group] += unit.nbytes + RANGE_SLACK
+                from_disk[group] += unit.buffer_bytes
             if tier != compute:
-                moving[group] += unit.nbytes + RANGE_SLACK
+                moving[group] += unit.buffer_bytes
     # Whole blocks, so that every place in a ring starts at one.
     reads = {group: -(-from_disk[group] // BLOCK) * BLOCK for group in sorted(from_disk)}
     uploads = {group: -(-moving[group] // BLOCK) * BLOCK for group in sorted(moving)} if compute == "gpu" else {}

@@ -87,6 +87,10 @@ class DerivedCheckpoint:
                 entries[name] = TensorEntry(entry.name, "U8", layout.shape, None, 0, layout.nbytes, layout)
         return replace(self, entries=entries)
 
+    def divisible(self, entry: TensorEntry) -> bool:
+        """Whether some rows of the tensor can be read by themselves: not of one that is made from another form."""
+        return entry.path is not None and entry.layout is None
+
     def at_rest(self, entry: TensorEntry) -> TensorEntry:
         """Return an entry of the same tensor that lies in a file: a made one is written to the user's cache, once.
 

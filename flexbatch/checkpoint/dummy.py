@@ -38,19 +38,21 @@ class DummyCheckpoint:
 
     def read(self, entry: TensorEntry) -> torch.Tensor:
         """Return the tensor in its stored dtype and its own memory."""
-        count = math.prod(entry.shape)
+        whole = self.entries[entry.name].elements
         seed = int.from_bytes(hashlib.blake2b(entry.name.encode(), digest_size=7).digest(), "little")
         generator = torch.Generator().manual_seed(seed)
         if len(entry.shape) == 1:
             deviation, mean = 0.02, 1.0 if entry.name.endswith("weight") else 0.0
         else:
             deviation, mean = self.fan_in.get(entry.name, entry.shape[-1]) ** -0.5, 0.0
-        noise = torch.randn(min(count, _PERIOD), generator=generator) * deviation + mean
+        noise = torch.randn(min(whole, _PERIOD), generator=generator) * deviation + mean
         stored = noise.to(DTYPES[entry.dtype])
-        tensor = torch.empty(count, dtype=stored.dtype)
-        for start in range(0, count, _PERIOD):
-            size = min(_PERIOD, count - start)
-            tensor[start : start + size] = stored[:size]
+        tensor = torch.empty(entry.elements, dtype=stored.dtype)
+        place, begin = 0, entry.offset // stored.itemsize % len(stored)  # a piece begins in the middle
+        while place < len(tensor):
+            size = min(len(stored) - begin, len(tensor) - place)
+            tensor[place : place + size] = stored[begin : begin + size]
+            place, begin = place + size, 0
         return tensor.view(entry.shape)
 
     def raw(self, entry: TensorEntry) -> torch.Tensor:
@@ -75,6 +77,10 @@ class DummyCheckpoint:
             layout = PackedLayout(shape, group, offset)
             entries[name] = TensorEntry(name, "U8", shape, None, 0, layout.nbytes, layout)
         return replace(self, entries=entries)
+
+    def divisible(self, entry: TensorEntry) -> bool:
+        """Whether some rows of the tensor can be read by themselves."""
+        return entry.layout is None
 
     def at_rest(self, entry: TensorEntry) -> TensorEntry:
         """Raise UsageError: made-up weights lie nowhere."""

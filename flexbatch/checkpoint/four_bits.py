@@ -60,6 +60,10 @@ class PackedCheckpoint:
         """Return the bytes that ``entry.view`` sees, uint8 [nbytes] in their own memory."""
         return read_raw(entry) if entry.layout is not None and entry.path is not None else self.base.raw(entry)
 
+    def divisible(self, entry: TensorEntry) -> bool:
+        """Whether some rows of the tensor can be read by themselves."""
+        return entry.layout is None and self.base.divisible(entry)
+
     def at_rest(self, entry: TensorEntry) -> TensorEntry:
         """Return an entry of the same tensor that lies in a file."""
         return entry if entry.path is not None else self.base.at_rest(entry)

@@ -51,6 +51,10 @@ class StoredCheckpoint:
         """Return the tensor's bytes, uint8 [nbytes]; ModelError where the file is cut short."""
         return read_raw(entry)
 
+    def divisible(self, entry: TensorEntry) -> bool:
+        """Whether some rows of the tensor can be read by themselves."""
+        return entry.layout is None
+
     def at_rest(self, entry: TensorEntry) -> TensorEntry:
         """Return the entry itself."""
         return entry

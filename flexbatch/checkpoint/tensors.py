@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -47,6 +47,12 @@ class TensorEntry:
         """Bytes of its widest element: ``view`` wants memory that begins at a multiple of it."""
         return (DTYPES[self.dtype] if self.layout is None else self.layout.scale_type).itemsize
 
+    def piece(self, start: int, stop: int) -> TensorEntry:
+        """Return rows ``start .. stop - 1`` of a matrix that is ``divisible``, as an entry of the same name."""
+        row = self.nbytes // self.shape[0]
+        shape = (stop - start, *self.shape[1:])
+        return replace(self, shape=shape, offset=self.offset + start * row, nbytes=(stop - start) * row)
+
     def view(self, raw: torch.Tensor) -> torch.Tensor | Packed:
         """See uint8 [nbytes], its bytes in memory, as the tensor or the packed weight."""
         return raw.view(DTYPES[self.dtype]).view(self.shape) if self.layout is None else self.layout.view(raw)
@@ -68,6 +74,9 @@ class Checkpoint(Protocol):
 
     def raw(self, entry: TensorEntry) -> torch.Tensor:
         """Return the bytes that ``entry.view`` sees, uint8 [nbytes] in their own memory."""
+
+    def divisible(self, entry: TensorEntry) -> bool:
+        """Whether some rows of the tensor can be read by themselves (see ``TensorEntry.piece``)."""
 
     def at_rest(self, entry: TensorEntry) -> TensorEntry:
         """Return an entry of the same tensor that lies in a file (``path`` is not None), for weights that rest on disk.

@@ -74,7 +74,7 @@ class Trainer(GradientSource):
         family = family_of(shape)
         table = family.table(shape)
         checkpoint = open_weights(folder, table, bits=options.weight_bits, progress=progress)
-        units = units_of(table, checkpoint, shape.vocab_size)
+        units = units_of(table, checkpoint, shape.vocab_size, whole=True)
         self._shape = shape
         self._device = open_device(options)
         machine = machine_for(options, self._device, folder.native_dtype or shape.stored_dtype)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from flexbatch.compression.groups import Packed
-from flexbatch.compression.precision import widened_tiles
+from flexbatch.compression.precision import tile_rows, widened_tiles
 from flexbatch.kernels.packed import unpacked_tiles
 from flexbatch.policy.footprint import GPU_TILE_BYTES, tile_bytes
 
@@ -88,7 +88,7 @@ def linear_backward(dy: Tensor, weight: Weight) -> Tensor:
         return _backward_product(dy, dense)
     rows, columns = dense.shape
     result = dy.new_empty(dy.shape[0], columns)
-    at_once = min(columns, max(_FEWEST_COLUMNS, _at_most(dy) // (rows * dy.dtype.itemsize)))
+    at_once = tile_rows(columns, max(_FEWEST_COLUMNS, _at_most(dy) // (rows * dy.dtype.itemsize)))
     scratch = torch.empty(rows * at_once, dtype=dy.dtype, device=dy.device)
     for start in range(0, columns, at_once):
         stop = min(start + at_once, columns)

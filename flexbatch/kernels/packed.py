@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flexbatch.compression.groups import MIDDLE, Packed, dequantize, groups_of
+from flexbatch.compression.precision import tile_rows
 
 Unpack = Callable[[Packed], Tensor]
 
@@ -28,7 +29,7 @@ def unpacked_tiles(
     out_features, in_features = weight.shape
     on_cpu = weight.codes.device.type == "cpu"
     unpack = METHODS[method] if on_cpu else dequantize
-    rows = max(1, min(out_features, at_most // (4 * in_features)))
+    rows = tile_rows(out_features, at_most // (4 * in_features))
     for start in range(0, out_features, rows):
         stop = min(start + rows, out_features)
         yield slice(start, stop), unpack(weight.rows(start, stop)).to(dtype)

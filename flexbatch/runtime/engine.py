@@ -90,7 +90,7 @@ class Engine:
         self._size = model_size(folder.shape, table)
         self._device = open_device(options)
         checkpoint = open_weights(folder, table, bits=options.weight_bits, progress=progress)
-        units = units_of(table, checkpoint, folder.shape.vocab_size)
+        units = units_of(table, checkpoint, folder.shape.vocab_size, whole=passenger is not None)
         self._units = unit_sizes(units)
         self._machine = machine_for(options, self._device, folder.native_dtype or folder.shape.stored_dtype)
         self._whole_machine, self._stale = self._machine, False
@@ -110,7 +110,7 @@ class Engine:
             self._options = replace(self._options, weight_bits=4 if self.plan.weight_bits == 4 else 16)
             if self.plan.weight_bits == 4:
                 checkpoint = in_four_bits(checkpoint, folder, table, progress)
-                units = units_of(table, checkpoint, folder.shape.vocab_size)
+                units = units_of(table, checkpoint, folder.shape.vocab_size, whole=passenger is not None)
                 self._units = unit_sizes(units)
                 self.plan, placement = self._place(workload)
         self._reader = DirectReader(rate=options.rates.get("disk_read"))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -29,11 +29,17 @@ from flexbatch.scheduler.steps import Resource, Step
 Progress = Callable[[str, int, int], None]
 
 
+_PIECES = 8  # no unit of a layer holds more than this part of it, so that all layers ask about as much of the disk
+_LEAST_PIECE = 4 << 20  # bytes: products of less are slow
+_ROWS = 64  # of a piece, a multiple: what products take at a time
+
+
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What is placed as a whole: one linear (all its parts) or one token-embedding table of a group.
+    """What is placed as a whole: one linear (all its parts), rows of a large one, or a token-embedding table.
 
-    ``key`` names it; a head tied to the embedding has the same key as the table.
+    ``key`` names it; a head tied to the embedding has the same key as the table. Units of one linear follow each other
+    in the order of its outputs.
     """
 
     key: str
@@ -60,18 +66,39 @@ class Unit:
         return sum(entry.elements for entry in packed), sum(entry.nbytes for entry in packed)
 
 
-def units_of(table: WeightTable, checkpoint: Checkpoint, vocab_size: int) -> list[Unit]:
-    """Every unit, in the order a sweep needs it; a tied table stands under both of its groups with one key."""
+def units_of(table: WeightTable, checkpoint: Checkpoint, vocab_size: int, *, whole: bool = False) -> list[Unit]:
+    """Every unit, in the order a sweep needs it; a tied table stands under both of its groups with one key.
+
+    ``whole``: linears are not cut to pieces (backward's sums go over a linear's outputs, and would be rounded
+    otherwise).
+    """
     units: list[Unit] = []
     for index, group in enumerate(table.groups):
+        limit = math.inf
+        if not whole and index not in (0, len(table.groups) - 1):
+            stored = (checkpoint.entries[f"{group.prefix}{p.module}.weight"] for li in group.linears for p in li.parts)
+            limit = max(_LEAST_PIECE, sum(entry.nbytes for entry in stored) // _PIECES)
         for vector in group.vectors:
             if len(vector.shape) == 2 and vector.shape[0] == vocab_size:
                 entry = checkpoint.entries[group.prefix + vector.tensor]
                 units.append(Unit(entry.name, index, vector.name, (entry,), False, True))
         for linear in group.linears:
             entries = tuple(checkpoint.entries[f"{group.prefix}{part.module}.weight"] for part in linear.parts)
-            units.append(Unit(entries[0].name, index, linear.name, entries, linear.transposed, False))
+            pieces = {entries[0].name: entries}
+            in_rows = not linear.transposed and all(map(checkpoint.divisible, entries))
+            if in_rows and sum(entry.nbytes for entry in entries) > limit:
+                pieces = {key: (piece,) for entry in entries for key, piece in _pieces(entry, limit)}
+            units += [Unit(key, index, linear.name, held, linear.transposed, False) for key, held in pieces.items()]
     return units
+
+
+def _pieces(entry: TensorEntry, limit: float) -> Iterator[tuple[str, TensorEntry]]:
+    """A matrix in pieces of about ``limit`` bytes at most, and their keys."""
+    rows = entry.shape[0]
+    step = -(-rows // (math.ceil(entry.nbytes / limit) * _ROWS)) * _ROWS
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        yield f"{entry.name}[{start}:{stop}]", entry.piece(start, stop)
 
 
 def unit_sizes(units: Sequence[Unit]) -> list[UnitSize]:
@@ -83,7 +110,9 @@ def unit_sizes(units: Sequence[Unit]) -> list[UnitSize]:
         groups = (unit.group,) if before is None else (*before.groups, unit.group)
         table = unit.is_table or (before is not None and before.table)
         edge = unit.group in (0, last)
-        seen[unit.key] = UnitSize(unit.key, groups, unit.nbytes, unit.elements, edge, table, *unit.packed)
+        seen[unit.key] = UnitSize(
+            unit.key, groups, unit.nbytes, unit.elements, edge, table, *unit.packed, parts=len(unit.entries)
+        )
     return list(seen.values())
 
 
@@ -147,6 +176,19 @@ class WeightStore:
         self._table_tier = tiers[self._table.key] if self._table is not None else None
         moving = [_grounded(unit, checkpoint, tiers) for unit in streamed if not unit.is_table]
         resident = {(unit.group, unit.name) for unit in units} - {(unit.group, unit.name) for unit in streamed}
+        # Linears that come in part: their units in order, and the parts of those that rest where products run.
+        self._mixed: dict[int, dict[str, list[Unit]]] = {}
+        self._resting_parts: dict[str, tuple[Weight, ...]] = {}
+        on_their_way = {unit.key for unit in streamed}
+        for unit in units:
+            if not unit.is_table and (unit.group, unit.name) not in resident:
+                self._mixed.setdefault(unit.group, {}).setdefault(unit.name, []).append(
+                    _grounded(unit, checkpoint, tiers)
+                )
+                if unit.key not in on_their_way:
+                    self._resting_parts[unit.key] = tuple(
+                        self._resting(entry, transposed=unit.transposed) for entry in unit.entries
+                    )
         for index, group in enumerate(table.groups):
             self._resident.append(self._load_resident(index, group, resident))
             if progress is not None:
@@ -248,11 +290,11 @@ class WeightStore:
             return resident
         ready = self._ready[index]
         linears = dict(resident.linears)
-        for unit in stream.units:
-            raws = zip(unit.entries, ready[unit.key], strict=True)
-            parts = [entry.view(raw) for entry, raw in raws]
-            turned = tuple(part.t() if unit.transposed and isinstance(part, Tensor) else part for part in parts)
-            linears[unit.name] = Operand(turned, resident.linears[unit.name].bias)
+        for name, units in self._mixed[index].items():
+            parts: list[Weight] = []
+            for unit in units:
+                parts += self._resting_parts.get(unit.key) or _operands(unit, ready[unit.key])
+            linears[name] = Operand(tuple(parts), resident.linears[name].bias)
         return GroupWeights(resident.dtype, linears, resident.vectors, resident.tables)
 
     # --- loading -------------------------------------------------------------------------------------------------
@@ -390,6 +432,12 @@ def _grounded(unit: Unit, checkpoint: Checkpoint, tiers: Mapping[str, str]) -> U
     if tiers[unit.key] != "disk" or all(entry.path is not None for entry in unit.entries):
         return unit
     return replace(unit, entries=tuple(checkpoint.at_rest(entry) for entry in unit.entries))
+
+
+def _operands(unit: Unit, raws: Sequence[Tensor]) -> list[Weight]:
+    """The parts of a unit [out, in], as views of their bytes."""
+    parts = [entry.view(raw) for entry, raw in zip(unit.entries, raws, strict=True)]
+    return [part.t() if unit.transposed and isinstance(part, Tensor) else part for part in parts]
 
 
 def _dense(part: Weight) -> Tensor:
