@@ -17,10 +17,9 @@ from flexbatch.policy.footprint import GPU_TILE_BYTES, tile_bytes
 Weight = Tensor | Packed
 """A weight [out, in] in any form it may rest in."""
 
-# On a CPU oneDNN's fp32 products, which torch does not use by itself, are the fastest from a few rows on; with fewer,
-# torch's own with the weight as the left operand.
-_VERY_FEW_ROWS = 4
+# On a CPU oneDNN's fp32 products, which torch does not use by itself, are the fastest.
 _FEW_ROWS = 192  # where there is no oneDNN: up to here the weight as the left operand is up to three times as fast
+_LANES = 16  # numbers that an instruction multiplies: with the weight as the left operand, of as many rows
 _FEWEST_COLUMNS = 128  # of a widened tile in backward: narrower products would be slow
 _PACKED_FOR = 128  # rows; the layout that is best for these is within a few percent of the best for all
 _FUSED_ROWS = 256  # on a GPU: beyond, products are bound by their operations, and plain ones run faster
@@ -44,7 +43,7 @@ def linear(x: Tensor, parts: Sequence[Weight], bias: Tensor | None = None) -> Te
     """Return ``x @ cat(parts).T + bias``: x [T, in], parts [out_i, in], bias [out] -> [T, out] in x's type.
 
     A part kept in a narrower type is widened on the way (see ``compression.precision``), one in 4 bits is unpacked
-    (see ``kernels.packed``); one in oneDNN's blocks stands alone. With few rows on a CPU the result may be a
+    (see ``kernels.packed``); one in oneDNN's blocks stands alone. Where a CPU has no oneDNN the result may be a
     transposed view: what follows (an addition, an activation, a rotation) reads it as it is.
     """
     first = parts[0]
@@ -54,16 +53,20 @@ def linear(x: Tensor, parts: Sequence[Weight], bias: Tensor | None = None) -> Te
     on_cpu = x.device.type == "cpu"
     if not on_cpu and any(isinstance(part, Packed) for part in parts):
         return _packed_on_gpu(x, parts, bias)
-    few = 1 if isinstance(first, Packed) else _VERY_FEW_ROWS
-    blocked = tokens > few and _has_onednn(x)
+    blocked = _has_onednn(x)
+    turned = blocked and _pays_turned(tokens)
     plain = len(parts) == 1 and isinstance(first, Tensor) and first.dtype == x.dtype
-    if plain and isinstance(first, Tensor) and (blocked or not on_cpu or tokens > _FEW_ROWS):
+    if plain and isinstance(first, Tensor) and not turned and (blocked or not on_cpu or tokens > _FEW_ROWS):
         return _onednn(x, first, bias) if blocked else functional.linear(x, first, bias)
     outputs = sum(part.shape[0] for part in parts)
     if blocked:
         result = torch.empty(tokens, outputs, dtype=x.dtype)
-        for columns, tile in _tiles(parts, x):
-            result[:, columns] = _onednn(x, tile, None)
+        x = x.contiguous()
+        for columns, tile in _tiles(parts, x, cut=turned):
+            if turned and tile.is_contiguous():
+                result[:, columns] = _onednn(tile, x, None).t()
+            else:
+                result[:, columns] = _onednn(x, tile, None)
     else:
         stacked = torch.empty(outputs, tokens, dtype=x.dtype, device=x.device)
         for rows, tile in _tiles(parts, x):
@@ -128,12 +131,26 @@ def _at_most(x: Tensor) -> int:
     return GPU_TILE_BYTES if on_gpu else tile_bytes(x.shape[0])
 
 
-def _tiles(parts: Sequence[Weight], x: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """All parts in the type of ``x``: which outputs, and their rows; those in that type already are one tile each."""
+def _pays_turned(rows: int) -> bool:
+    """Whether a product is faster with the weight as the left operand, which then need not be turned itself.
+
+    With 16 rows it takes a sixth less, with 64 a twentieth; but always as long as with the next multiple of ``_LANES``.
+    """
+    return rows <= 4 * _LANES and -rows % _LANES <= _LANES // 4
+
+
+def _tiles(parts: Sequence[Weight], x: Tensor, *, cut: bool = False) -> Iterator[tuple[slice, Tensor]]:
+    """All parts in the type of ``x``: which outputs, and their rows.
+
+    Those in that type already are one tile each, or with ``cut`` as many as the others.
+    """
     base, dtype, at_most = 0, x.dtype, _at_most(x)
     for part in parts:
         if isinstance(part, Tensor) and part.dtype == dtype:
-            yield slice(base, base + part.shape[0]), part
+            size = tile_rows(part.shape[0], at_most // (part.shape[1] * dtype.itemsize)) if cut else part.shape[0]
+            for start in range(0, part.shape[0], size):
+                tile = part[start : start + size]
+                yield slice(base + start, base + start + tile.shape[0]), tile
         else:
             tiles = (
                 unpacked_tiles(part, dtype, at_most)
