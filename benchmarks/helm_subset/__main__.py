@@ -82,7 +82,7 @@ def _through_helm(
     scenarios: Sequence[SubScenario], values: argparse.Namespace, most: int | None, others: Sequence[str]
 ) -> tuple[list[dict[str, Any]], list[str]]:
     try:
-        from benchmarks.helm_subset.through_helm import Helm, MissingDataError
+        from benchmarks.helm_subset.through_helm import Helm, NotRunError
     except ImportError as error:
         raise SystemExit(f"run needs HELM ({error}): pip install 'flexbatch[helm]', or use all") from None
     helm = Helm(values.model, values.output, others, most, chat=values.chat, baseline=values.baseline)
@@ -91,7 +91,7 @@ def _through_helm(
     for scenario in scenarios:
         try:
             found.append(helm.run(scenario))
-        except MissingDataError as error:
+        except NotRunError as error:
             failed.append(str(error))
     return found, failed
 

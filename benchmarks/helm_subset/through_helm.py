@@ -31,8 +31,8 @@ from benchmarks.helm_subset.scenarios import SubScenario
 from flexbatch import LLM
 
 
-class MissingDataError(Exception):
-    """A data set that HELM could not download."""
+class NotRunError(Exception):
+    """HELM lacks what a scenario needs: a data set, or a module or model of its metrics."""
 
 
 class FlexbatchExecutor(Executor):  # type: ignore[misc]  # HELM has no types
@@ -159,7 +159,7 @@ class Helm:
     def run(self, scenario: SubScenario) -> dict[str, Any]:
         """Run one scenario, unless its results are there, and return what the report needs of it.
 
-        Raises MissingDataError, saying which file belongs where, when a data set cannot be downloaded.
+        Raises NotRunError, saying what to install or which file belongs where, if HELM cannot get what it needs.
         """
         entry = RunEntry(f"{scenario.entry},model={self._name}", 1, None)
         (spec,) = run_entries_to_run_specs([entry], max_eval_instances=self._most)
@@ -167,15 +167,25 @@ class Helm:
         started = time.perf_counter()
         try:
             self._runner.run_one(spec)
+        except ModuleNotFoundError as error:
+            extra = "summarization" if scenario.name.startswith("summarization") else "scenarios,metrics"
+            raise NotRunError(
+                f"{scenario.name}: HELM needs the module {error.name} for it: pip install 'crfm-helm[{extra}]', "
+                "and run again; what is answered is kept"
+            ) from error
         except (URLError, OSError) as error:
             missing = [each for each in scenario.data if not (self._folder / each.place).exists()]
             if not missing:
-                raise
+                reason = " ".join(str(error).split())[:300]
+                raise NotRunError(
+                    f"{scenario.name}: HELM could not run or score it ({reason}): mend that and run again; "
+                    "what is answered is kept"
+                ) from error
             places = "; ".join(
                 f"put {each.url}{', unpacked,' if each.unpack else ''} at {self._folder / each.place}"
                 for each in missing
             )
-            raise MissingDataError(f"{scenario.name}: HELM cannot download its data ({error}): {places}") from error
+            raise NotRunError(f"{scenario.name}: HELM cannot download its data ({error}): {places}") from error
         seconds = time.perf_counter() - started
         return self._summary(scenario, self._folder / "runs" / self._suite / spec.name, seconds)
 
