@@ -1,17 +1,19 @@
 """Finetuning a model larger than its memory cap: ours, and PEFT with gradient checkpointing on accelerate's offload.
 
-    python -m benchmarks.finetune_offload make --model DIR       write a random model (fp16) whose layers are 1.4 GB
-    python -m benchmarks.finetune_offload all --model DIR [--cap 1.5GB] [--sizes 1,4] [--tokens 128] [--output FILE]
+    python -m benchmarks.finetune_offload make --model DIR       write a random model (bf16) of 2.9 GB
+    python -m benchmarks.finetune_offload all --model DIR [--cap 1.5GB] [--sizes 1,2,4] [--tokens 128] [--output FILE]
 
 One accumulation (forward and backward, no optimizer step) of rank 16 on all linear layers, every token but the first a
 target. Every run is a process of its own inside a memory control group of ``--cap`` bytes, page cache included (root
-needed). accelerate keeps in RAM what fits and offloads the rest to disk, in fp32 and in bf16; it is given the part of
-RAM that lets it live. ``--sizes``: rows of an accumulation; the best tokens per second of each system count.
+needed). accelerate keeps in RAM what fits and offloads the rest to disk; it is given the part of RAM that lets it live.
+Both in fp32 and in bf16 (the type of products; factors are in fp32). ``--sizes``: rows of an accumulation; the best
+tokens per second of each system count, by type and over both.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import tempfile
@@ -30,7 +32,7 @@ RANK, ALPHA = 16, 32
 SHAPE: dict[str, Any] = {
     "hidden_size": 1536,
     "intermediate_size": 5376,
-    "num_hidden_layers": 22,
+    "num_hidden_layers": 46,
     "num_attention_heads": 24,
     "num_key_value_heads": 8,
     "head_dim": 64,
@@ -40,8 +42,8 @@ SHAPE: dict[str, Any] = {
 
 
 def make(options: argparse.Namespace) -> None:
-    """Write the model in fp16."""
-    make_llama(SHAPE, options.model)
+    """Write the model in bf16."""
+    make_llama(SHAPE, options.model, "bfloat16")
 
 
 def rows_of(options: argparse.Namespace) -> list[list[int]]:
@@ -60,7 +62,8 @@ def ours(options: argparse.Namespace) -> None:
 
     folder = locate(str(options.model))
     parameters = Parameters.create(folder.shape, rank=RANK, alpha=ALPHA, target_modules="all-linear", seed=0)
-    engine = EngineOptions(device="cpu", cpu_memory=parse_size(options.memory), disk_dir=options.disk_dir)
+    memory, dtype = parse_size(options.memory), options.dtype
+    engine = EngineOptions(device="cpu", cpu_memory=memory, disk_dir=options.disk_dir, dtype=dtype)
     rows = [Row.of(row) for row in rows_of(options)]
     total = options.rows * options.tokens
     with Trainer(folder, parameters, engine, tokens=total, longest=options.tokens) as trainer:
@@ -77,7 +80,7 @@ def theirs(options: argparse.Namespace) -> None:
     from peft import LoraConfig, get_peft_model
 
     warnings.simplefilter("ignore")
-    dtype = getattr(torch, options.system)
+    dtype = getattr(torch, options.dtype)
     with tempfile.TemporaryDirectory(dir=options.disk_dir) as folder:
         base = transformers.AutoModelForCausalLM.from_pretrained(
             options.model,
@@ -89,6 +92,7 @@ def theirs(options: argparse.Namespace) -> None:
         model: Any = get_peft_model(
             base, LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, target_modules="all-linear")
         )
+        _bring_adapters_to_ram(model)
         model.train()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
@@ -103,6 +107,18 @@ def theirs(options: argparse.Namespace) -> None:
         print(json.dumps({"seconds": seconds, "loss": float(loss.detach()), "disk": disk}))
 
 
+def _bring_adapters_to_ram(model: Any) -> None:
+    """PEFT puts adapters where their layers are: on the meta device, where none trains, if those are offloaded."""
+    for module in model.modules():
+        for name in ("lora_A", "lora_B"):
+            for factor in getattr(module, name, {}).values():
+                if factor.weight.device.type == "meta":
+                    factor.to_empty(device="cpu")
+                    torch.nn.init.zeros_(factor.weight) if name == "lora_B" else torch.nn.init.kaiming_uniform_(
+                        factor.weight, a=5**0.5
+                    )
+
+
 def one(options: argparse.Namespace) -> None:
     """One system in this process."""
     if options.system == "ours":
@@ -115,15 +131,13 @@ def everything(options: argparse.Namespace) -> None:
     """All systems and sizes, each in a process with the cap."""
     results: list[dict[str, Any]] = []
     for rows in map(int, options.sizes.split(",")):
-        for system, memory in (
-            ("ours", options.our_memory),
-            ("float32", options.their_memory),
-            ("bfloat16", options.their_memory),
-        ):
+        for system, dtype in itertools.product(("ours", "PEFT"), ("float32", "bfloat16")):
+            memory = options.our_memory if system == "ours" else options.their_memory
             command = [sys.executable, "-m", "benchmarks.finetune_offload", "one", "--model", str(options.model)]
-            command += ["--system", system, "--memory", memory, "--rows", str(rows), "--tokens", str(options.tokens)]
+            command += ["--system", system, "--dtype", dtype, "--memory", memory]
+            command += ["--rows", str(rows), "--tokens", str(options.tokens)]
             code, out, err, _ = in_group([*command, "--disk-dir", str(options.disk_dir)], parse_size(options.cap))
-            found: dict[str, Any] = {"system": system, "rows": rows, "exit_code": code}
+            found: dict[str, Any] = {"system": system, "dtype": dtype, "rows": rows, "exit_code": code}
             if code == 0:
                 found |= json.loads(out.strip().splitlines()[-1])
                 found["tokens_per_s"] = rows * options.tokens / found["seconds"]
@@ -131,12 +145,12 @@ def everything(options: argparse.Namespace) -> None:
                 found["error"] = err.strip().splitlines()[-1:] if err.strip() else []
             print(found, file=sys.stderr, flush=True)
             results.append(found)
-    best = {
-        who: max(
-            (each.get("tokens_per_s", 0.0) for each in results if (each["system"] == "ours") == is_ours), default=0
-        )
-        for who, is_ours in (("ours", True), ("PEFT", False))
-    }
+    best: dict[tuple[str, str], float] = {}
+    for each in results:
+        for kind in (each["dtype"], "either"):
+            key = each["system"], kind
+            best[key] = max(best.get(key, 0.0), each.get("tokens_per_s", 0.0))
+    kinds = ("float32", "bfloat16", "either")
     report = {
         "what": "tokens per second of one accumulation of LoRA finetuning under a memory cap",
         "cap": options.cap,
@@ -144,7 +158,7 @@ def everything(options: argparse.Namespace) -> None:
         "shape": SHAPE,
         "threads": torch.get_num_threads(),
         "results": results,
-        "ratio": best["ours"] / best["PEFT"] if best["PEFT"] else None,
+        "ratio": {kind: best["ours", kind] / best["PEFT", kind] if best["PEFT", kind] else None for kind in kinds},
     }
     print(json.dumps(report, indent=1))
     if options.output is not None:
@@ -157,13 +171,14 @@ def main() -> None:
     parser.add_argument("command", choices=("make", "all", "one"))
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--cap", default="1.5GB")
-    parser.add_argument("--our-memory", default="700MB")
-    parser.add_argument("--their-memory", default="400MB")
-    parser.add_argument("--sizes", default="1,4")
+    parser.add_argument("--our-memory", default="950MB")
+    parser.add_argument("--their-memory", default="50MB")
+    parser.add_argument("--sizes", default="1,2,4")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--disk-dir", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--output", type=Path)
     parser.add_argument("--system", help=argparse.SUPPRESS)
+    parser.add_argument("--dtype", default="float32", help=argparse.SUPPRESS)
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -21,11 +21,13 @@ class Row:
         return cls(tuple(tokens), (False, *[True] * (len(tokens) - 1)))
 
 
-def make_llama(shape: Mapping[str, Any], folder: Path | str) -> None:
-    """Write a Llama of these shapes with random weights in fp16."""
+def make_llama(shape: Mapping[str, Any], folder: Path | str, dtype: str = "float16") -> None:
+    """Write a Llama of these shapes with random weights."""
     import torch
     import transformers
 
     torch.manual_seed(0)
-    model: Any = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**shape), dtype=torch.float16)
+    model: Any = transformers.AutoModelForCausalLM.from_config(
+        transformers.LlamaConfig(**shape), dtype=getattr(torch, dtype)
+    )
     model.save_pretrained(folder)

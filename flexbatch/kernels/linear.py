@@ -61,7 +61,7 @@ def linear(x: Tensor, parts: Sequence[Weight], bias: Tensor | None = None) -> Te
     outputs = sum(part.shape[0] for part in parts)
     if blocked:
         result = torch.empty(tokens, outputs, dtype=x.dtype)
-        x = x.contiguous()
+        x = x.contiguous() if turned else x
         for columns, tile in _tiles(parts, x, cut=turned):
             if turned and tile.is_contiguous():
                 result[:, columns] = _onednn(tile, x, None).t()
