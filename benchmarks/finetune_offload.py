@@ -109,14 +109,14 @@ def theirs(options: argparse.Namespace) -> None:
 
 def _bring_adapters_to_ram(model: Any) -> None:
     """PEFT puts adapters where their layers are: on the meta device, where none trains, if those are offloaded."""
-    for module in model.modules():
-        for name in ("lora_A", "lora_B"):
-            for factor in getattr(module, name, {}).values():
-                if factor.weight.device.type == "meta":
-                    factor.to_empty(device="cpu")
-                    torch.nn.init.zeros_(factor.weight) if name == "lora_B" else torch.nn.init.kaiming_uniform_(
-                        factor.weight, a=5**0.5
-                    )
+    from peft.tuners.lora import LoraLayer
+
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        if layer.lora_A["default"].weight.is_meta:
+            layer.lora_A["default"].to_empty(device="cpu")
+            layer.lora_B["default"].to_empty(device="cpu")
+            layer.reset_lora_parameters("default", init_lora_weights=True)
 
 
 def one(options: argparse.Namespace) -> None:

@@ -216,7 +216,7 @@ def shop_of(
     from flexbatch.models.registry import family_of
     from flexbatch.models.spec import model_size
     from flexbatch.policy.candidates import Shop
-    from flexbatch.runtime.weight_store import unit_sizes, units_of
+    from flexbatch.runtime.units import unit_sizes, units_of
 
     shape = folder.shape
     table = family_of(shape).table(shape)

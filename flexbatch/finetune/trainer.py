@@ -32,7 +32,8 @@ from flexbatch.runtime.allocator import keep_freed_blocks
 from flexbatch.runtime.executor import Executor
 from flexbatch.runtime.setup import disk_folder, machine_for, open_device
 from flexbatch.runtime.trace import Trace
-from flexbatch.runtime.weight_store import Progress, WeightStore, unit_sizes, units_of
+from flexbatch.runtime.units import unit_sizes, units_of
+from flexbatch.runtime.weight_store import Progress, WeightStore
 from flexbatch.scheduler.training import Order, Visit, cut_batches, forward_order, reverse_order, riding_order
 from flexbatch.scheduler.training_lowering import TrainingLowerer
 

@@ -45,7 +45,8 @@ from flexbatch.runtime.run_progress import RunProgress
 from flexbatch.runtime.setup import allocate_kv, disk_folder, machine_for, open_device
 from flexbatch.runtime.sweep_runner import SweepRunner
 from flexbatch.runtime.trace import Trace
-from flexbatch.runtime.weight_store import Progress, WeightStore, unit_sizes, units_of
+from flexbatch.runtime.units import unit_sizes, units_of
+from flexbatch.runtime.weight_store import Progress, WeightStore
 from flexbatch.scheduler.lowering import Routes
 from flexbatch.scheduler.pages import PageAllocator
 from flexbatch.scheduler.prefix_cache import PrefixCache

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from importlib import resources
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -113,9 +114,9 @@ class PackedKV:
 
 def _directions(output: Operand, q: Tensor) -> Tensor:
     """Random directions of a layer's output as they come back through its matrix: fp32 [n, heads, D] on the CPU."""
-    matrix, *others = output.parts
-    if others:  # pieces on several tiers
-        matrix = torch.cat([part for part in output.parts if isinstance(part, Tensor)])
+    matrix, *pieces = output.parts
+    if pieces:  # 16-bit rows that rest on several tiers
+        matrix = torch.cat([cast(Tensor, part) for part in output.parts])
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn(CALIBRATION_DIRECTIONS, matrix.shape[0], generator=generator).to(q.device, q.dtype)
     back: Tensor = linear_backward(directions, matrix).float().cpu().unflatten(1, q.shape[1:])

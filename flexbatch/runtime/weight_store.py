@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -20,100 +20,13 @@ from flexbatch.memory.aligned import align_up
 from flexbatch.memory.direct import DirectReader, Extent, ReadPlan, plan_reads
 from flexbatch.memory.weights import GroupWeights, Operand
 from flexbatch.models.spec import GroupSpec, LinearSpec, WeightTable
-from flexbatch.policy.footprint import UnitSize
 from flexbatch.policy.machine import LANES
 from flexbatch.runtime.device import Device
+from flexbatch.runtime.units import Unit
 from flexbatch.scheduler.lowering import Routes
 from flexbatch.scheduler.steps import Resource, Step
 
 Progress = Callable[[str, int, int], None]
-
-
-_PIECES = 8  # no unit of a layer holds more than this part of it, so that all layers ask about as much of the disk
-_LEAST_PIECE = 4 << 20  # bytes: products of less are slow
-_ROWS = 64  # of a piece, a multiple: what products take at a time
-
-
-@dataclass(frozen=True, slots=True)
-class Unit:
-    """What is placed as a whole: one linear (all its parts), rows of a large one, or a token-embedding table.
-
-    ``key`` names it; a head tied to the embedding has the same key as the table. Units of one linear follow each other
-    in the order of its outputs.
-    """
-
-    key: str
-    group: int
-    name: str
-    entries: tuple[TensorEntry, ...]
-    transposed: bool
-    is_table: bool
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes as stored."""
-        return sum(entry.nbytes for entry in self.entries)
-
-    @property
-    def elements(self) -> int:
-        """Weights."""
-        return sum(entry.elements for entry in self.entries)
-
-    @property
-    def packed(self) -> tuple[int, int]:
-        """Of its weights those that are in 4 bits, and their bytes."""
-        packed = [entry for entry in self.entries if entry.layout is not None]
-        return sum(entry.elements for entry in packed), sum(entry.nbytes for entry in packed)
-
-
-def units_of(table: WeightTable, checkpoint: Checkpoint, vocab_size: int, *, whole: bool = False) -> list[Unit]:
-    """Every unit, in the order a sweep needs it; a tied table stands under both of its groups with one key.
-
-    ``whole``: linears are not cut to pieces (backward's sums go over a linear's outputs, and would be rounded
-    otherwise).
-    """
-    units: list[Unit] = []
-    for index, group in enumerate(table.groups):
-        limit = math.inf
-        if not whole and index not in (0, len(table.groups) - 1):
-            stored = (checkpoint.entries[f"{group.prefix}{p.module}.weight"] for li in group.linears for p in li.parts)
-            limit = max(_LEAST_PIECE, sum(entry.nbytes for entry in stored) // _PIECES)
-        for vector in group.vectors:
-            if len(vector.shape) == 2 and vector.shape[0] == vocab_size:
-                entry = checkpoint.entries[group.prefix + vector.tensor]
-                units.append(Unit(entry.name, index, vector.name, (entry,), False, True))
-        for linear in group.linears:
-            entries = tuple(checkpoint.entries[f"{group.prefix}{part.module}.weight"] for part in linear.parts)
-            pieces = {entries[0].name: entries}
-            in_rows = not linear.transposed and all(map(checkpoint.divisible, entries))
-            if in_rows and sum(entry.nbytes for entry in entries) > limit:
-                pieces = {key: (piece,) for entry in entries for key, piece in _pieces(entry, limit)}
-            units += [Unit(key, index, linear.name, held, linear.transposed, False) for key, held in pieces.items()]
-    return units
-
-
-def _pieces(entry: TensorEntry, limit: float) -> Iterator[tuple[str, TensorEntry]]:
-    """A matrix in pieces of about ``limit`` bytes at most, and their keys."""
-    rows = entry.shape[0]
-    step = -(-rows // (math.ceil(entry.nbytes / limit) * _ROWS)) * _ROWS
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
-        yield f"{entry.name}[{start}:{stop}]", entry.piece(start, stop)
-
-
-def unit_sizes(units: Sequence[Unit]) -> list[UnitSize]:
-    """The sizes of ``units`` for a plan, each key once; ``edge`` marks those outside of the layers."""
-    last = max(unit.group for unit in units)
-    seen: dict[str, UnitSize] = {}
-    for unit in units:
-        before = seen.get(unit.key)
-        groups = (unit.group,) if before is None else (*before.groups, unit.group)
-        table = unit.is_table or (before is not None and before.table)
-        edge = unit.group in (0, last)
-        seen[unit.key] = UnitSize(
-            unit.key, groups, unit.nbytes, unit.elements, edge, table, *unit.packed, parts=len(unit.entries)
-        )
-    return list(seen.values())
 
 
 class Streamed(Protocol):
@@ -170,25 +83,22 @@ class WeightStore:
         keys = Counter(unit.key for unit in units)
         self._shared = {key for key, count in keys.items() if count > 1}
         self._tables: dict[str, Tensor] = {}
+        units = [_grounded(unit, checkpoint, tiers) for unit in units]
         streamed = [unit for unit in units if not self._rests_at_compute(tiers[unit.key])]
-        table_unit = next((unit for unit in streamed if unit.is_table), None)
-        self._table = None if table_unit is None else _grounded(table_unit, checkpoint, tiers)
+        self._table = next((unit for unit in streamed if unit.is_table), None)
         self._table_tier = tiers[self._table.key] if self._table is not None else None
-        moving = [_grounded(unit, checkpoint, tiers) for unit in streamed if not unit.is_table]
+        moving = [unit for unit in streamed if not unit.is_table]
         resident = {(unit.group, unit.name) for unit in units} - {(unit.group, unit.name) for unit in streamed}
-        # Linears that come in part: their units in order, and the parts of those that rest where products run.
-        self._mixed: dict[int, dict[str, list[Unit]]] = {}
+        # Linears that come in whole or in part: their units in order, and the parts of those that need not come.
+        self._moving: dict[int, dict[str, list[Unit]]] = {}
         self._resting_parts: dict[str, tuple[Weight, ...]] = {}
-        on_their_way = {unit.key for unit in streamed}
         for unit in units:
-            if not unit.is_table and (unit.group, unit.name) not in resident:
-                self._mixed.setdefault(unit.group, {}).setdefault(unit.name, []).append(
-                    _grounded(unit, checkpoint, tiers)
-                )
-                if unit.key not in on_their_way:
-                    self._resting_parts[unit.key] = tuple(
-                        self._resting(entry, transposed=unit.transposed) for entry in unit.entries
-                    )
+            if unit.is_table or (unit.group, unit.name) in resident:
+                continue
+            self._moving.setdefault(unit.group, {}).setdefault(unit.name, []).append(unit)
+            if self._rests_at_compute(tiers[unit.key]):
+                parts = (self._resting(entry, transposed=unit.transposed) for entry in unit.entries)
+                self._resting_parts[unit.key] = tuple(parts)
         for index, group in enumerate(table.groups):
             self._resident.append(self._load_resident(index, group, resident))
             if progress is not None:
@@ -290,7 +200,7 @@ class WeightStore:
             return resident
         ready = self._ready[index]
         linears = dict(resident.linears)
-        for name, units in self._mixed[index].items():
+        for name, units in self._moving[index].items():
             parts: list[Weight] = []
             for unit in units:
                 parts += self._resting_parts.get(unit.key) or _operands(unit, ready[unit.key])

@@ -20,7 +20,7 @@ from flexbatch.policy.search import choose, ranking
 from flexbatch.policy.weights import WeightPlacement
 from flexbatch.policy.whatif import GIGABYTE, limits_of, look_into
 from flexbatch.policy.workload import Workload
-from flexbatch.runtime.weight_store import unit_sizes, units_of
+from flexbatch.runtime.units import unit_sizes, units_of
 from flexbatch.units import GIB
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*PuLP 4:DeprecationWarning")

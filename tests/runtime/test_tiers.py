@@ -13,7 +13,7 @@ from flexbatch.checkpoint.locate import locate
 from flexbatch.options import EngineOptions
 from flexbatch.policy.workload import Workload
 from flexbatch.requests import Result, TokenizedRequest
-from flexbatch.runtime import weight_store
+from flexbatch.runtime import units
 from flexbatch.runtime.engine import Engine
 from flexbatch.units import parse_shares
 from tests.oracle import Row, assert_equal, generate_alone, ragged_rows, requests_of
@@ -55,8 +55,8 @@ def random_rows(path: Path, family: str, seed: int) -> list[Row]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_any_placement_equals_transformers(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weight_store, "_LEAST_PIECE", 1)  # matrices of tiny models are in pieces, too
-    monkeypatch.setattr(weight_store, "_ROWS", 4)
+    monkeypatch.setattr(units, "_LEAST_PIECE", 1)  # matrices of tiny models are in pieces, too
+    monkeypatch.setattr(units, "_ROWS", 4)
     seed = secrets.randbelow(10**6)
     print(f"seed {seed}")
     rows = random_rows(tmp_path, family, seed)

@@ -12,16 +12,16 @@ from flexbatch.checkpoint.locate import locate
 from flexbatch.checkpoint.reader import open_checkpoint
 from flexbatch.models.registry import family_of
 from flexbatch.policy.weights import deal
-from flexbatch.runtime import weight_store
-from flexbatch.runtime.weight_store import unit_sizes, units_of
+from flexbatch.runtime import units as units_module
+from flexbatch.runtime.units import unit_sizes, units_of
 from flexbatch.units import Shares
 from tests.tiny import FAMILIES, tiny_checkpoint
 
 
 @pytest.fixture(autouse=True)
 def _tiny_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weight_store, "_LEAST_PIECE", 1)
-    monkeypatch.setattr(weight_store, "_ROWS", 4)
+    monkeypatch.setattr(units_module, "_LEAST_PIECE", 1)
+    monkeypatch.setattr(units_module, "_ROWS", 4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
