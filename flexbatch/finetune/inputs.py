@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flexbatch.finetune.meter import ActivationMeter
 from flexbatch.memory.aligned import align_up
 from flexbatch.memory.spill import SpillFile
 from flexbatch.runtime.device import Device
@@ -46,7 +45,8 @@ class SavedInputs:
         self._lane_buffers: dict[tuple[str, int], Tensor] = {}
         self._leaving: deque[Tensor] = deque()
         self._forwards = self._released = 0
-        self.meter: ActivationMeter | None = None
+        self._held = 0
+        self._changes: deque[int] = deque()  # of the bytes held, from any thread, not counted yet
         self._read = self._written = 0
 
     @property
@@ -63,6 +63,14 @@ class SavedInputs:
     def disk_bytes(self) -> int:
         """Bytes of the spill file."""
         return 0 if self._spill is None else self._spill.nbytes
+
+    def highest(self) -> int:
+        """The most bytes of buffers there were since this was asked last; only one thread asks."""
+        highest = self._held
+        while self._changes:
+            self._held += self._changes.popleft()
+            highest = max(highest, self._held)
+        return highest
 
     def begin(self, tokens: Sequence[int], *, saving: bool) -> None:
         """Make ready for micro-batches of so many tokens. Raises DoesNotFitError if the disk is too small."""
@@ -189,8 +197,7 @@ class SavedInputs:
         return raw
 
     def _count(self, nbytes: int) -> None:
-        if self.meter is not None:
-            self.meter.take(nbytes)
+        self._changes.append(nbytes)
 
     def _close_spill(self) -> None:
         if self._spill is not None:

@@ -1,7 +1,7 @@
 """Counts the bytes that tensors of a computation hold, as they come and go: measured, not estimated.
 
 Every storage that an operation of torch returns counts from then on until it is freed, whoever holds it, autograd
-included; buffers of our own are counted by who makes them. Scratch inside of one operation is not seen.
+included. Scratch inside of one operation is not seen.
 """
 
 from __future__ import annotations
@@ -47,15 +47,10 @@ class ActivationMeter(TorchDispatchMode):
                 self._note(leaf, counted=True)
         return result
 
-    def take(self, nbytes: int) -> None:
-        """Count a buffer that no operation of torch has made."""
+    def _count(self, nbytes: int) -> None:
         with self._lock:
             self.used += nbytes
             self.peak = max(self.peak, self.used)
-
-    def give(self, nbytes: int) -> None:
-        """Count it no longer."""
-        self.take(-nbytes)
 
     def _note(self, tensor: Tensor, *, counted: bool) -> None:
         if tensor.layout != torch.strided:
@@ -68,8 +63,8 @@ class ActivationMeter(TorchDispatchMode):
 
         def gone(_: Any) -> None:
             self._known.pop(key, None)
-            self.give(self._sizes.pop(key, 0))
+            self._count(-self._sizes.pop(key, 0))
 
         self._known[key] = weakref.ref(storage, gone)
         self._sizes[key] = size
-        self.take(size)
+        self._count(size)

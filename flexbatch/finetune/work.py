@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -27,7 +26,7 @@ from flexbatch.kernels.rotary import RotaryTable
 from flexbatch.models.spec import Family
 from flexbatch.runtime.device import Device
 from flexbatch.runtime.weight_store import WeightStore
-from flexbatch.scheduler.steps import Step
+from flexbatch.scheduler.steps import Kind, Step
 from flexbatch.scheduler.training import LearningBatch, Window, cut
 from flexbatch.shapes import ModelShape
 
@@ -69,8 +68,9 @@ class BatchState:
 class Work:
     """The handlers of one trainer, and the micro-batches of the pass that is under way.
 
-    ``seconds`` of the thread that issues products went into them so far. ``peak``: the most bytes of activations, as
-    measured in passes that were larger than any before; others cannot need more, and run at full speed.
+    ``seconds`` of the thread that issues products went into them so far. ``peak``: the most bytes of activations, which
+    are buffers and what is made inside of Steps. The latter is measured, and slow, where a Step is of more tokens than
+    any of its kind and group before; others are taken to need as much.
     """
 
     shape: ModelShape
@@ -84,7 +84,7 @@ class Work:
     loss_bytes: int
     seconds: float = 0.0
     peak: int = 0
-    _metered: int = 0
+    _inner: dict[tuple[Kind, int], tuple[int, int]] = field(default_factory=dict)  # tokens, and bytes for them
     _states: list[BatchState] = field(default_factory=list)
     _scale: float | None = None
     _rotary: RotaryTable | None = None
@@ -123,8 +123,16 @@ class Work:
     def _timed(self, handler: Callable[[Step], None]) -> Callable[[Step], None]:
         def run(step: Step) -> None:
             started = time.perf_counter()
-            with self.inputs.meter or nullcontext():
+            self.inputs.highest()
+            tokens, inner = self._inner.get((step.kind, step.group), (0, 0))
+            if self._states[step.batch].batch.tokens > tokens:
+                with ActivationMeter() as meter:
+                    handler(step)
+                inner = meter.peak
+                self._inner[step.kind, step.group] = self._states[step.batch].batch.tokens, inner
+            else:
                 handler(step)
+            self.peak = max(self.peak, self.inputs.highest() + inner)
             self.seconds += time.perf_counter() - started
 
         return run
@@ -134,18 +142,11 @@ class Work:
     ) -> None:
         """Make the index tensors of a pass; ``scale`` None: only the loss is wanted."""
         self._scale = scale
-        tokens = sum(batch.tokens for batch in batches)
-        if scale is not None and tokens > self._metered:
-            self._metered = tokens
-            self.inputs.meter = ActivationMeter()
         self._states = [self._state(batch, examples, seen) for batch in batches]
 
     def finish(self) -> tuple[float, int]:
         """The loss of the pass, and how many targets it is of."""
         states, self._states = self._states, []
-        if self.inputs.meter is not None:
-            self.peak = max(self.peak, self.inputs.meter.peak)
-            self.inputs.meter = None
         return sum(state.loss for state in states), sum(state.targets.numel() for state in states)
 
     def _state(self, batch: LearningBatch, examples: Sequence[TrainedTokens], seen: int) -> BatchState:

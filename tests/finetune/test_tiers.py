@@ -10,9 +10,12 @@ import torch
 
 from flexbatch.checkpoint.locate import locate
 from flexbatch.errors import DoesNotFitError, UsageError
+from flexbatch.finetune import work
+from flexbatch.finetune.meter import ActivationMeter
 from flexbatch.finetune.parameters import Parameters
 from flexbatch.finetune.trainer import Trainer
 from flexbatch.options import EngineOptions
+from flexbatch.scheduler.training import Order
 from tests.finetune.oracle import filled, ragged
 from tests.finetune.test_gradients import engine_options, train
 from tests.tiny import tiny_checkpoint
@@ -117,3 +120,34 @@ def test_a_module_that_the_model_has_not(tmp_path: Path) -> None:
     shape = locate(str(tiny_checkpoint(tmp_path, "llama"))).shape
     with pytest.raises(UsageError, match=r"no linear module 'c_attn'.*q_proj"):
         Parameters.create(shape, rank=2, alpha=2, target_modules=["q_proj", "c_attn"], seed=0)
+
+
+@pytest.mark.parametrize("order", ["reverse", "riding"])
+def test_a_step_is_metered_once(order: Order, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operations are counted for the largest micro-batch of a kind only; the peak is what counting all would find."""
+    folder = locate(str(tiny_checkpoint(tmp_path, "llama")))
+    parameters = filled(folder.shape, rank=4, alpha=8, targets="all-linear", seed=5)
+    rows = ragged(3, folder.shape.vocab_size, (31, 20, 9, 31, 14, 30))
+    entered: list[ActivationMeter] = []
+
+    class Counted(ActivationMeter):
+        def __enter__(self) -> Any:
+            entered.append(self)
+            return super().__enter__()  # type: ignore[no-untyped-call]
+
+    monkeypatch.setattr(work, "ActivationMeter", Counted)
+    with Trainer(folder, parameters, engine_options(), window=16, order=order) as trainer:
+        trainer.accumulate(rows[:1], 0.1)
+        one, kinds = trainer.peak_activation_bytes, len(entered)
+        assert kinds == 2 * folder.shape.num_layers + 2  # embedding and loss; layers forward and back
+        trainer.accumulate(rows, 0.1)
+        several = trainer.peak_activation_bytes
+        trainer.accumulate(rows, 0.1)
+        assert len(entered) == kinds
+        assert several == trainer.peak_activation_bytes
+        trainer.work._inner.clear()  # all is metered again: what was left out made no difference
+        trainer.accumulate(rows, 0.1)
+        assert len(entered) > kinds
+        assert several == trainer.peak_activation_bytes
+    assert one > max(each.peak for each in entered[:kinds])  # buffers count, too
+    assert several >= one
