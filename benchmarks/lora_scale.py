@@ -5,13 +5,13 @@
     python benchmarks/lora_scale.py open --model DIR --adapters DIR                     time to open all of them
     python benchmarks/lora_scale.py sum --output FILE                                   ratios of what FILE holds
 
-As in S-LoRA's table: ranks 8, 16, 32 and 64 on q, k, v and o, a random adapter for each of 256 rows of 64 prompt and
-32 new tokens, fp32 on the CPU. ``run`` adds its figures to ``--output``, so that long measurements can be made in
-pieces; count 0 is the base model alone. ``extra_s`` of ours is what the products of the adapters and
-one pass over the factors for every decoding row cost at rates measured in the same process; ``products_s`` what all
-products of base model and adapters cost alone: no run in fp32 takes less, whoever makes it. ``cpu_s`` are seconds of
-all processors, which say more than ``seconds`` where others compute on the same machine. ``sum`` adds the ratios.
-PEFT's batch sizes are each tried on at least one whole batch.
+As in S-LoRA's table: ranks 8, 16, 32 and 64 on q, k, v and o, a random adapter for each of 256 rows of 64 prompt and 32
+new tokens, on the CPU in ``--dtype`` (fp32 unless given; PEFT's adapters too). ``run`` adds its figures to
+``--output``, so that long measurements can be made in pieces; count 0 is the base model alone. ``extra_s`` of ours is
+what the products of the adapters and one pass over the factors for every decoding row cost at rates measured in the
+same process; ``products_s`` what all products of base model and adapters cost alone: no run in fp32 takes less, whoever
+makes it. ``cpu_s`` are seconds of all processors, which say more than ``seconds`` where others compute on the same
+machine. ``sum`` adds the ratios. PEFT's batch sizes are each tried on at least one whole batch.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def run_flexbatch(options: argparse.Namespace, count: int) -> dict[str, Any]:
     """A fresh process's throughput: reading the adapters is part of the time, loading the model is not."""
     vocab = json.loads((Path(options.model) / "config.json").read_text())["vocab_size"]
     prompts, names = work(options, count, vocab)
-    settings: dict[str, Any] = {"device": "cpu", "adapter_memory": options.adapter_memory}
+    settings: dict[str, Any] = {"device": "cpu", "adapter_memory": options.adapter_memory, "dtype": options.dtype}
     params = SamplingParams(max_tokens=options.new, ignore_eos=True)
     with LLM(options.model, lora_dir=options.adapters if count else None, **settings) as llm:
         llm.generate(prompts[:2], SamplingParams(max_tokens=2, ignore_eos=True))
@@ -187,7 +187,7 @@ def _peft(options: argparse.Namespace, count: int) -> tuple[Any, list[str], list
 
     warnings.simplefilter("ignore")
     torch.set_grad_enabled(False)
-    base = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
+    base = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype)).eval()
     prompts, named = work(options, count, base.config.vocab_size)
     names = [name or "__base__" for name in named]
     limit = max(options.peft_rows, options.trial, *options.sizes) if options.system == "peft" else options.rows
@@ -195,12 +195,18 @@ def _peft(options: argparse.Namespace, count: int) -> tuple[Any, list[str], list
     if options.system == "merge":
         used = used[: options.merges]
     model: Any = base
+    own_type = {
+        "autocast_adapter_dtype": False
+    }  # else adapters of a bf16 model are in fp32, and cast for every product
     for name in used:
         folder = options.adapters / name
         if model is base:
-            model = PeftModel.from_pretrained(base, folder, adapter_name=name)
+            model = PeftModel.from_pretrained(base, folder, adapter_name=name, autocast_adapter_dtype=False)
         else:
-            model.load_adapter(folder, adapter_name=name)
+            model.load_adapter(folder, adapter_name=name, autocast_adapter_dtype=False)
+    for name, parameter in model.named_parameters() if model is not base else ():
+        if "lora_" in name:  # files are in fp16
+            parameter.data = parameter.data.to(base.dtype)
     return model.eval(), names, prompts
 
 
@@ -281,6 +287,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--new", type=int, default=32)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--adapter-memory", help="the arena's size (default: as the plan has it)")
     parser.add_argument("--sizes", type=lambda text: [int(size) for size in text.split(",")], default=[32, 64, 128])
     parser.add_argument("--trial", type=int, default=32, help="rows on which PEFT's batch sizes are tried")

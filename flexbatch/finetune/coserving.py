@@ -94,7 +94,7 @@ class CoServingTrainer(GradientSource):
         self._mark = 0.0
         self._moving_s: dict[str, float] = dict.fromkeys(INPUT_STEPS.values(), 0.0)
         self._moved_before = dict(self._moving_s)
-        self._allowance = Allowance(share)
+        self._allowance = Allowance(share, overlap=options.overlap)
         self._passes = self._answered = 0
         self._owns_rings = False
         self.ridden = 0  # sweeps of inference that training was part of
@@ -213,13 +213,18 @@ class CoServingTrainer(GradientSource):
             self._go_between()
             return None
         trip = self._trip
-        if trip is None or not self._allowance.suffices:
+        if trip is None or trip.riding is None:
             return None
         assert self._work is not None
         assert self._loaded is not None
+        counts = [batch.tokens for batch in trip.batches]
+        layers, budget_s = self._loaded.shape.num_layers, self._allowance.budget_s
+        entering, learning_s = self._work.pace.entering(trip.riding, counts, layers, budget_s)
+        if not self._allowance.allows(learning_s):
+            return None
         self._boarded = True
         self._mark, self._moved_before = self._work.seconds, dict(self._moving_s)
-        tasks, routes, kept = trip.sweeps[trip.done], self._loaded.routes, self._tiers(trip)
+        tasks, routes, kept = trip.riding.sweep(entering), self._loaded.routes, self._tiers(trip)
 
         def ride(lowerer: Lowerer, group: int, weights: list[int]) -> list[int]:
             if trip.passage is None:
@@ -233,17 +238,17 @@ class CoServingTrainer(GradientSource):
         """Count the sweep and what inference lost by it, and let the job go on if all is back."""
         assert self._work is not None
         assert self._loaded is not None
+        products = busy.get(self._loaded.device.compute, 0.0)
         if not self._boarded:
-            self._allowance.swept(seconds)
+            self._allowance.swept(seconds, products)
             return
         moved = {name: spent - self._moved_before[name] for name, spent in self._moving_s.items()}
         others = {name: spent - moved.get(name, 0.0) for name, spent in busy.items()}
         others.pop(self._loaded.device.compute, None)
         overlapped = others if self._options.overlap else {}
-        self._allowance.shared(seconds, self._work.seconds - self._mark, overlapped)
+        self._allowance.shared(seconds, self._work.seconds - self._mark, products, overlapped)
         trip = self._trip
         if trip is not None:
-            trip.done += 1
             self.ridden += 1
             if trip.is_over:
                 self._arrived(trip)
@@ -281,7 +286,7 @@ class CoServingTrainer(GradientSource):
     def progress(self) -> float:
         """Calls for gradients that are answered, and the part of the one under way that is done."""
         trip = self._trip
-        return self._answered + (0.0 if trip is None else trip.done / max(1, len(trip.sweeps), len(trip.passes)))
+        return self._answered + (0.0 if trip is None else trip.progress)
 
     def stats(self) -> dict[str, Any]:
         """What was chosen, and what came of it: seconds of inference's sweeps, and those that it lost."""

@@ -10,12 +10,12 @@ from flexbatch.policy.coserving import CoservingPlan
 from flexbatch.scheduler.steps import Kind, Resource
 from flexbatch.scheduler.training import (
     LearningBatch,
+    Riding,
     Task,
     Visit,
     forward_order,
     in_reverse,
     reverse_order,
-    riding_sweeps,
 )
 from flexbatch.scheduler.training_lowering import Passage
 
@@ -32,13 +32,13 @@ INPUT_STEPS: Mapping[Kind, Resource] = {
 class Trip:
     """Micro-batches that are on their way together.
 
-    Riding: ``sweeps`` by group, of which ``done`` are over. Else ``passes``, each one forward and back, of which
-    ``done`` are over. ``arrived``: whether all is done and its gradients are there.
+    On sweeps of inference as ``riding`` has it, or else by ``passes``, each one forward and back, of which ``done`` are
+    over. ``arrived``: whether all is done and its gradients are there.
     """
 
     batches: list[LearningBatch]
     training: bool
-    sweeps: list[dict[int, tuple[Task, ...]]]
+    riding: Riding | None
     passes: list[list[Visit]]
     done: int = 0
     passage: Passage | None = None
@@ -48,38 +48,42 @@ class Trip:
     def of(cls, batches: list[LearningBatch], layers: int, lowest: int, plan: CoservingPlan, *, training: bool) -> Self:
         """A trip in the plan's order; one that only measures the loss goes forward once."""
         count = len(batches)
-        if plan.order == "riding" and training:
-            return cls(batches, training, riding_sweeps(layers, count, lowest, plan.together), [])
         if plan.order == "riding":
-            ahead = {visit.group: visit.tasks for visit in forward_order(layers, count)}
-            return cls(batches, training, [ahead], [])
+            return cls(batches, training, Riding(layers, count, lowest if training else layers + 1), [])
         firsts = range(0, count, plan.together)
         sizes = [min(plan.together, count - first) for first in firsts]
         if training:
             passes = [reverse_order(layers, size, lowest, first) for first, size in zip(firsts, sizes, strict=True)]
         else:
             passes = [forward_order(layers, size, first) for first, size in zip(firsts, sizes, strict=True)]
-        return cls(batches, training, [], passes)
+        return cls(batches, training, None, passes)
 
     @property
     def is_over(self) -> bool:
         """Whether nothing is left to do."""
-        return self.done >= max(len(self.sweeps), len(self.passes))
+        return self.done >= len(self.passes) if self.riding is None else self.riding.is_over
+
+    @property
+    def progress(self) -> float:
+        """The part that is done."""
+        return self.done / len(self.passes) if self.riding is None else self.riding.done
 
     def portion(self) -> list[Visit]:
         """The next pass, which counts as done; of a trip that rides, all that is left."""
-        if self.sweeps:
+        if self.riding is not None:
             return self.rest()
         self.done += 1
         return self.passes[self.done - 1]
 
     def rest(self) -> list[Visit]:
         """All that is left, in one sweep forward and one back; it counts as done."""
-        if self.sweeps:
-            left = self.sweeps[self.done :]
-        else:
+        if self.riding is None:
             left = [_by_group(visits) for visits in self.passes[self.done :]]
-        self.done = max(len(self.sweeps), len(self.passes))
+            self.done = len(self.passes)
+        else:
+            left = []
+            while not self.riding.is_over:
+                left.append(self.riding.sweep(len(self.riding.waiting)))
         return in_reverse(left)
 
 

@@ -20,14 +20,15 @@ from flexbatch.finetune.inputs import SavedInputs
 from flexbatch.finetune.layer import LayerMath, attend
 from flexbatch.finetune.loss import loss_rows, measure
 from flexbatch.finetune.meter import ActivationMeter
+from flexbatch.finetune.pace import Pace
 from flexbatch.finetune.parameters import Parameters
 from flexbatch.finetune.pruning import shapes_only
 from flexbatch.kernels.rotary import RotaryTable
 from flexbatch.models.spec import Family
 from flexbatch.runtime.device import Device
 from flexbatch.runtime.weight_store import WeightStore
-from flexbatch.scheduler.steps import Kind, Step
-from flexbatch.scheduler.training import LearningBatch, Window, cut
+from flexbatch.scheduler.steps import Step
+from flexbatch.scheduler.training import LearningBatch, TaskKind, Window, cut
 from flexbatch.shapes import ModelShape
 
 
@@ -84,7 +85,8 @@ class Work:
     loss_bytes: int
     seconds: float = 0.0
     peak: int = 0
-    _inner: dict[tuple[Kind, int], tuple[int, int]] = field(default_factory=dict)  # tokens, and bytes for them
+    pace: Pace = field(default_factory=Pace)
+    _inner: dict[tuple[TaskKind, int], tuple[int, int]] = field(default_factory=dict)  # tokens, and bytes for them
     _states: list[BatchState] = field(default_factory=list)
     _scale: float | None = None
     _rotary: RotaryTable | None = None
@@ -110,30 +112,33 @@ class Work:
         """What the executor calls for each kind of Step."""
         return {
             "learn_gather": self._gather,
-            "learn_embed": _normal(self._timed(self._embed)),
-            "learn_forward": _normal(self._timed(self._forward)),
-            "learn_loss": _normal(self._timed(self._loss)),
-            "learn_backward": _normal(self._timed(self._backward)),
+            "learn_embed": _normal(self._timed("learn_embed", self._embed)),
+            "learn_forward": _normal(self._timed("learn_forward", self._forward)),
+            "learn_loss": _normal(self._timed("learn_loss", self._loss)),
+            "learn_backward": _normal(self._timed("learn_backward", self._backward)),
             "input_down": _normal(self.inputs.down),
             "input_write": _normal(self.inputs.write),
             "input_read": _normal(self.inputs.read),
             "input_up": _normal(self.inputs.up),
         }
 
-    def _timed(self, handler: Callable[[Step], None]) -> Callable[[Step], None]:
+    def _timed(self, kind: TaskKind, handler: Callable[[Step], None]) -> Callable[[Step], None]:
         def run(step: Step) -> None:
             started = time.perf_counter()
             self.inputs.highest()
-            tokens, inner = self._inner.get((step.kind, step.group), (0, 0))
-            if self._states[step.batch].batch.tokens > tokens:
+            largest, inner = self._inner.get((kind, step.group), (0, 0))
+            metered = step.tokens > largest
+            if metered:
                 with ActivationMeter() as meter:
                     handler(step)
                 inner = meter.peak
-                self._inner[step.kind, step.group] = self._states[step.batch].batch.tokens, inner
+                self._inner[kind, step.group] = step.tokens, inner
             else:
                 handler(step)
             self.peak = max(self.peak, self.inputs.highest() + inner)
-            self.seconds += time.perf_counter() - started
+            seconds = time.perf_counter() - started
+            self.seconds += seconds
+            self.pace.took(kind, step.tokens, seconds, metered=metered)
 
         return run
 

@@ -126,24 +126,62 @@ def reverse_order(layers: int, batches: int, lowest: int, first: int = 0) -> lis
     return forward_order(layers, batches, first) + [Visit(group, back) for group in _down(layers, lowest)]
 
 
-def riding_sweeps(layers: int, batches: int, lowest: int, together: int = 1) -> list[dict[int, tuple[Task, ...]]]:
-    """Sweeps that only go forward, as tasks by group: each takes in ``together`` micro-batches; others go a layer back.
+class Riding:
+    """Micro-batches on sweeps that only go forward: each goes forward in one of them, then back, a layer a sweep.
 
-    Micro-batch m goes forward in sweep m / together, and back through its j-th layer from the top j sweeps later. A
-    group sees the micro-batches in the same order as in a reverse sweep, so sums of gradients are the same to the bit.
+    A group sees the micro-batches in the same order as in a reverse sweep, whenever they enter, so sums of gradients
+    are the same to the bit.
     """
-    down = _down(layers, lowest)
-    entering = [range(first, min(first + together, batches)) for first in range(0, batches, together)]
-    sweeps: list[dict[int, tuple[Task, ...]]] = []
-    for sweep in range(len(entering) + len(down)):
-        tasks: dict[int, list[Task]] = {group: [] for group in range(layers + 2)}
-        for depth, group in enumerate(down, start=1):
-            if 0 <= sweep - depth < len(entering):
-                tasks[group] += [Task("learn_backward", batch) for batch in entering[sweep - depth]]
-        if sweep < len(entering):
-            for group in range(layers + 2):
-                tasks[group] += [Task(_forward(group, layers), batch) for batch in entering[sweep]]
-        sweeps.append({group: tuple(own) for group, own in tasks.items()})
+
+    def __init__(self, layers: int, batches: int, lowest: int) -> None:
+        self._layers = layers
+        self._batches = batches
+        self._down = _down(layers, lowest)
+        self._entered = 0
+        self._under_way: list[range] = []  # the newest first: by how many layers they went back, from none on
+        self._backs = 0
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is left to do."""
+        return self._entered == self._batches and not any(self._under_way)
+
+    @property
+    def done(self) -> float:
+        """The part of the work that is done; a layer counts twice on the way back, where it is computed again."""
+        total = self._batches * (self._layers + 2 * len(self._down))
+        return (self._entered * self._layers + 2 * self._backs) / max(1, total)
+
+    @property
+    def waiting(self) -> range:
+        """Micro-batches that have not entered."""
+        return range(self._entered, self._batches)
+
+    @property
+    def returning(self) -> list[int]:
+        """Micro-batches that go back in the next sweep, each through one layer."""
+        return [batch for each in self._under_way for batch in each]
+
+    def sweep(self, entering: int) -> dict[int, tuple[Task, ...]]:
+        """The next sweep, which ``entering`` more micro-batches go forward in: tasks by group. It counts as done."""
+        tasks: dict[int, list[Task]] = {group: [] for group in range(self._layers + 2)}
+        for group, batches in zip(self._down, self._under_way, strict=False):
+            tasks[group] += [Task("learn_backward", batch) for batch in batches]
+            self._backs += len(batches)
+        new = self.waiting[:entering]
+        for group in tasks:
+            tasks[group] += [Task(_forward(group, self._layers), batch) for batch in new]
+        self._entered += len(new)
+        self._under_way = [new, *self._under_way][: len(self._down)]
+        return {group: tuple(own) for group, own in tasks.items()}
+
+
+def riding_sweeps(layers: int, batches: int, lowest: int, together: int = 1) -> list[dict[int, tuple[Task, ...]]]:
+    """Sweeps of ``Riding``, each of which ``together`` micro-batches enter, as long as there are any."""
+    riding = Riding(layers, batches, lowest)
+    sweeps = []
+    while not riding.is_over:
+        sweeps.append(riding.sweep(together))
     return sweeps
 
 
