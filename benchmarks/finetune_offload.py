@@ -136,7 +136,12 @@ def everything(options: argparse.Namespace) -> None:
             command = [sys.executable, "-m", "benchmarks.finetune_offload", "one", "--model", str(options.model)]
             command += ["--system", system, "--dtype", dtype, "--memory", memory]
             command += ["--rows", str(rows), "--tokens", str(options.tokens)]
-            code, out, err, _ = in_group([*command, "--disk-dir", str(options.disk_dir)], parse_size(options.cap))
+            code, out, err, _ = in_group(
+                [*command, "--disk-dir", str(options.disk_dir)],
+                parse_size(options.cap),
+                folder=options.model,
+                read_rate=None if options.disk_read is None else parse_size(options.disk_read),
+            )
             found: dict[str, Any] = {"system": system, "dtype": dtype, "rows": rows, "exit_code": code}
             if code == 0:
                 found |= json.loads(out.strip().splitlines()[-1])
@@ -154,6 +159,7 @@ def everything(options: argparse.Namespace) -> None:
     report = {
         "what": "tokens per second of one accumulation of LoRA finetuning under a memory cap",
         "cap": options.cap,
+        "disk_read": options.disk_read,
         "tokens": options.tokens,
         "shape": SHAPE,
         "threads": torch.get_num_threads(),
@@ -173,6 +179,7 @@ def main() -> None:
     parser.add_argument("--cap", default="1.5GB")
     parser.add_argument("--our-memory", default="950MB")
     parser.add_argument("--their-memory", default="50MB")
+    parser.add_argument("--disk-read", help="hold the disk to so many bytes a second, for both (default: as it is)")
     parser.add_argument("--sizes", default="1,2,4")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--disk-dir", type=Path, default=Path(tempfile.gettempdir()))

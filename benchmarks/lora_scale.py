@@ -195,9 +195,6 @@ def _peft(options: argparse.Namespace, count: int) -> tuple[Any, list[str], list
     if options.system == "merge":
         used = used[: options.merges]
     model: Any = base
-    own_type = {
-        "autocast_adapter_dtype": False
-    }  # else adapters of a bf16 model are in fp32, and cast for every product
     for name in used:
         folder = options.adapters / name
         if model is base:

@@ -37,27 +37,45 @@ class Ended(NamedTuple):
     peak: int
 
 
-def in_group(command: list[str], cap: int) -> Ended:
-    """Run ``command`` under a memory cap."""
+def in_group(command: list[str], cap: int, *, folder: str | Path = "/", read_rate: int | None = None) -> Ended:
+    """Run ``command`` under a memory cap, and with the disk that holds ``folder`` held to ``read_rate`` bytes/s."""
+    name = f"flexbatch-bench-{os.getpid()}"
     if _V1.is_dir():
-        group = _V1 / f"flexbatch-bench-{os.getpid()}"
-        limit, member, most = (group / name for name in ("memory.limit_in_bytes", "tasks", "memory.max_usage_in_bytes"))
+        group, disk = _V1 / name, Path("/sys/fs/cgroup/blkio") / name
+        limit, member, most = (group / file for file in ("memory.limit_in_bytes", "tasks", "memory.max_usage_in_bytes"))
+        throttle, rule = disk / "blkio.throttle.read_bps_device", f"{_disk_of(folder)} {read_rate}"
+        groups = [group] if read_rate is None else [group, disk]
     else:
-        group = Path("/sys/fs/cgroup") / f"flexbatch-bench-{os.getpid()}"
-        limit, member, most = (group / name for name in ("memory.max", "cgroup.procs", "memory.peak"))
-    group.mkdir(exist_ok=True)
+        group = Path("/sys/fs/cgroup") / name
+        limit, member, most = (group / file for file in ("memory.max", "cgroup.procs", "memory.peak"))
+        throttle, rule = group / "io.max", f"{_disk_of(folder)} rbps={read_rate}"
+        groups = [group]
+    for each in groups:
+        each.mkdir(exist_ok=True)
     limit.write_text(str(cap))
+    if read_rate is not None:
+        throttle.write_text(rule)
 
     def join() -> None:
-        member.write_text(str(os.getpid()))
+        for each in groups:
+            (each / member.name).write_text(str(os.getpid()))
 
     try:
         done = subprocess.run(command, capture_output=True, text=True, preexec_fn=join)
         peak = int(most.read_text())
     finally:
         time.sleep(0.5)
-        group.rmdir()
+        for each in groups:
+            each.rmdir()
     return Ended(done.returncode, done.stdout, done.stderr, peak)
+
+
+def _disk_of(folder: str | Path) -> str:
+    """The numbers ``major:minor`` of the disk that a folder lies on; of a partition, those of the whole."""
+    device = Path(folder).stat().st_dev
+    numbers = f"{os.major(device)}:{os.minor(device)}"
+    known = Path("/sys/dev/block") / numbers
+    return (known.resolve().parent / "dev").read_text().strip() if (known / "partition").exists() else numbers
 
 
 def ours(options: argparse.Namespace) -> dict[str, Any]:

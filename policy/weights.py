@@ -52,7 +52,7 @@ def grown_ring(groups: Mapping[int, int], room: int) -> int:
     sizes = list(groups.values())
     if not sizes:
         return 0
-    wanted = min(sum(sizes), max(sizes) + _AHEAD * sum(sizes) // len(sizes))
+    wanted = min(sum(sizes), 2 * max(sizes) + _AHEAD * sum(sizes) // len(sizes))
     least = least_ring(groups)
     return least + max(0, min(wanted - least, room)) // BLOCK * BLOCK
 

@@ -3,58 +3,87 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 _PATIENCE = 4  # sweeps over which what may be lost is spent
-_WEIGHT = 0.25  # of the newest sweep in the mean idle time
+_WEIGHT = 0.25  # of the newest sweep in a mean
+_FAR = 2  # times the idle time of a sweep: if the mean has more, the sweep is not ridden
+_WORTH = 0.25  # of training's seconds: less idle time in the mean is not worth waiting for
+
+
+@dataclass(slots=True)
+class _Usual:
+    """Sweeps of about one size without training: ``seconds`` (None: none went without), ``idle`` ones of products."""
+
+    seconds: float | None = None
+    idle: float | None = None
 
 
 @dataclass(slots=True)
 class Allowance:
     """``share`` of the time may be lost. ``inference_s``: seconds of sweeps as they would be without training.
 
-    ``idle_s``: how long products wait in a sweep without training, of late. ``overlap``: whether training can use it.
-
-    The first thing that training does is always allowed: what it costs is not known before.
+    ``overlap``: whether training can use the time that products wait. Sweeps are told apart by their ``tokens``, up to
+    a factor of two. The first thing that training does is always allowed: what it costs is not known before.
     """
 
     share: float
+    overlap: bool = True
     inference_s: float = 0.0
     lost_s: float = 0.0
-    idle_s: float = 0.0
-    overlap: bool = True
     _newest_s: float = 0.0
+    _idle_s: float | None = None  # of sweeps of any size
+    _usual: dict[int, _Usual] = field(default_factory=dict)
 
     @property
     def suffices(self) -> bool:
         """Whether as much may be lost once more as the last time."""
         return self.lost_s == 0 or self._newest_s <= self._left_s
 
-    @property
-    def budget_s(self) -> float:
-        """Seconds of training that a riding sweep may hold: products' idle time, and a part of what may be lost."""
-        return self.idle_s + max(0.0, self._left_s) / _PATIENCE
+    def idle_s(self, tokens: int) -> float:
+        """How long products wait in a sweep of so many tokens without training, of late; 0 if none is known."""
+        return self._of(tokens).idle or 0.0
 
-    def allows(self, learning: float) -> bool:
-        """Whether a sweep may hold so many seconds of training."""
-        return self.lost_s == 0 or 0 <= max(0.0, learning - self.idle_s) <= self._left_s
+    def budget_s(self, tokens: int) -> float:
+        """Seconds of training that a sweep may hold: products' idle time, and a part of what may be lost."""
+        return self.idle_s(tokens) + max(0.0, self._left_s) / _PATIENCE
 
-    def swept(self, seconds: float, products: float) -> None:
+    def allows(self, tokens: int, learning: float) -> bool:
+        """Whether a sweep may hold so many seconds of training.
+
+        Not if others have far more idle time, in which much of it would hide.
+        """
+        idle = self.idle_s(tokens)
+        if self.lost_s == 0:
+            return True
+        if (self._idle_s or 0.0) > max(_FAR * idle, _WORTH * learning):
+            return False
+        return 0 <= max(0.0, learning - idle) <= self._left_s
+
+    def swept(self, tokens: int, seconds: float, products: float) -> None:
         """Count a sweep without training, of so many seconds of products."""
+        usual = self._of(tokens)
+        usual.seconds = _mean(usual.seconds, seconds)
         self.inference_s += seconds
-        self._idle(seconds - products)
+        self._idle(usual, seconds - products)
 
-    def shared(self, seconds: float, learning: float, products: float, others: Mapping[str, float]) -> None:
+    def shared(
+        self, tokens: int, seconds: float, learning: float, products: float, others: Mapping[str, float]
+    ) -> None:
         """Count a sweep with ``products`` seconds of products, of which ``learning`` are those of training.
 
         Without them it would have taken as long as the busiest of the ``others``, inference's resources but that of the
-        products, and at least the rest of the time.
+        products (which training may have slowed down: no longer than is usual), and at least the rest of the time.
         """
-        alone = max(seconds - learning, min(seconds, max(others.values(), default=0.0)))
+        usual = self._of(tokens)
+        busiest = max(others.values(), default=0.0)
+        if usual.seconds is not None:
+            busiest = min(busiest, usual.seconds)
+        alone = max(seconds - learning, min(seconds, busiest))
         self._newest_s = seconds - alone
         self.lost_s += self._newest_s
         self.inference_s += alone
-        self._idle(alone - (products - learning))
+        self._idle(usual, alone - (products - learning))
 
     def stopped(self, seconds: float) -> None:
         """Count a pause of inference."""
@@ -65,6 +94,13 @@ class Allowance:
     def _left_s(self) -> float:
         return self.share / (1 - self.share) * self.inference_s - self.lost_s
 
-    def _idle(self, seconds: float) -> None:
-        if self.overlap:
-            self.idle_s += _WEIGHT * (max(0.0, seconds) - self.idle_s)
+    def _of(self, tokens: int) -> _Usual:
+        return self._usual.setdefault(tokens.bit_length(), _Usual())
+
+    def _idle(self, usual: _Usual, seconds: float) -> None:
+        newest = max(0.0, seconds) if self.overlap else 0.0
+        usual.idle, self._idle_s = _mean(usual.idle, newest), _mean(self._idle_s, newest)
+
+
+def _mean(known: float | None, newest: float) -> float:
+    return newest if known is None else known + _WEIGHT * (newest - known)

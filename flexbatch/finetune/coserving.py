@@ -90,6 +90,7 @@ class CoServingTrainer(GradientSource):
         self._error: BaseException | None = None
         self._over = False
         self._boarded = False
+        self._swept = 0  # tokens of inference's newest sweep
         self._paused = True  # nothing is on its way to the rings
         self._mark = 0.0
         self._moving_s: dict[str, float] = dict.fromkeys(INPUT_STEPS.values(), 0.0)
@@ -204,9 +205,9 @@ class CoServingTrainer(GradientSource):
         self._paused = self.plan is not None and self.plan.order == "reverse" and self._streams
         return self._paused
 
-    def board(self) -> Ride | None:
+    def board(self, tokens: int) -> Ride | None:
         """The next sweep's part of what is under way, or what is done before it; nothing if inference lost enough."""
-        self._boarded = False
+        self._boarded, self._swept = False, tokens
         if self._take() is None or self.plan is None:
             return None
         if self.plan.order == "reverse":
@@ -218,9 +219,9 @@ class CoServingTrainer(GradientSource):
         assert self._work is not None
         assert self._loaded is not None
         counts = [batch.tokens for batch in trip.batches]
-        layers, budget_s = self._loaded.shape.num_layers, self._allowance.budget_s
+        layers, budget_s = self._loaded.shape.num_layers, self._allowance.budget_s(tokens)
         entering, learning_s = self._work.pace.entering(trip.riding, counts, layers, budget_s)
-        if not self._allowance.allows(learning_s):
+        if not self._allowance.allows(tokens, learning_s):
             return None
         self._boarded = True
         self._mark, self._moved_before = self._work.seconds, dict(self._moving_s)
@@ -240,13 +241,14 @@ class CoServingTrainer(GradientSource):
         assert self._loaded is not None
         products = busy.get(self._loaded.device.compute, 0.0)
         if not self._boarded:
-            self._allowance.swept(seconds, products)
+            self._allowance.swept(self._swept, seconds, products)
             return
         moved = {name: spent - self._moved_before[name] for name, spent in self._moving_s.items()}
         others = {name: spent - moved.get(name, 0.0) for name, spent in busy.items()}
         others.pop(self._loaded.device.compute, None)
         overlapped = others if self._options.overlap else {}
-        self._allowance.shared(seconds, self._work.seconds - self._mark, products, overlapped)
+        learning = self._work.seconds - self._mark
+        self._allowance.shared(self._swept, seconds, learning, products, overlapped)
         trip = self._trip
         if trip is not None:
             self.ridden += 1

@@ -41,7 +41,7 @@ class Pace:
         As many as stay within ``budget_s``, in this sweep and in the next one, when all of them are on their way back;
         one if there is nothing else to do, or nothing was measured yet.
         """
-        ahead = self.of("learn_embed") + layers * self.of("learn_forward") + self.of("learn_loss")
+        ahead = layers * self.of("learn_forward") + self.of("learn_loss")
         back = self.of("learn_backward")
         now = later = back * sum(tokens[batch] for batch in riding.returning)
         count = 0

@@ -94,6 +94,8 @@ class Work:
     _pruned: dict[int, frozenset[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        with ActivationMeter():  # torch imports modules for seconds when it is used first
+            torch.zeros(1)
         if self.shape.rope is not None:
             self._rotary = RotaryTable(self.shape.rope, self.device.torch_device)
         self._outputs = {

@@ -48,8 +48,11 @@ class Passenger(Protocol):
     def wants_pause(self) -> bool:
         """Whether nothing may be fetched under the end of the sweep that comes next, for ``board`` after it works."""
 
-    def board(self) -> Ride | None:
-        """What it does during the sweep that comes next; None: nothing. What it does between sweeps, it does here."""
+    def board(self, tokens: int) -> Ride | None:
+        """What it does during the sweep that comes next, which has so many tokens of inference; None: nothing.
+
+        What it does between sweeps, it does here.
+        """
 
     def arrive(self, seconds: float, busy: Mapping[str, float]) -> None:
         """The sweep is done; it took so long, and resources were busy for so long meanwhile."""

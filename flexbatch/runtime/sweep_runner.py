@@ -143,7 +143,7 @@ class SweepRunner:
             self._packing.prepare(flight.states, self._plan.page_tokens)
         self._flight = flight
         passenger = self._passenger
-        ride = None if passenger is None else passenger.board()
+        ride = None if passenger is None else passenger.board(sum(batch.tokens for batch in sweep.micro_batches))
         started, busy = time.perf_counter(), dict(self._trace.busy_s)
         if passenger is not None and passenger.wants_pause():
             more = False
