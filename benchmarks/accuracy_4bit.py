@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from flexbatch.cli.own_text import own_text
 from flexbatch.compression.feedback import InputMoments, quantize_calibrated
 from flexbatch.compression.groups import dequantize
 from flexbatch.compression.quantize import quantize
@@ -39,6 +40,7 @@ class Subject:
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name = name
+        self.folder = folder
         self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         self.linears: dict[str, nn.Linear] = {
@@ -51,6 +53,12 @@ class Subject:
     def encode(self, text: str) -> Tensor:
         """Token ids [1, n]."""
         return torch.tensor([self.tokenizer(text).input_ids])
+
+    def own_text(self) -> list[Tensor]:
+        """What ``convert --calibrate self`` packs the model for."""
+        config = self.model.config
+        rows = own_text(str(self.folder), config.vocab_size, config.max_position_embeddings, lambda *_: None)
+        return [torch.tensor([row]) for row in rows]
 
     def put(self, make: Callable[[Tensor], Tensor]) -> None:
         """Replace every linear weight by what ``make`` gives for the stored one."""
@@ -101,7 +109,7 @@ def calibrate(subject: Subject, texts: Iterable[Tensor], quantizer: Quantizer) -
         ]
 
 
-WAYS = ("16 bit", "min/max", "search", "calibrated")
+WAYS = ("16 bit", "min/max", "search", "calibrated on own text", "calibrated")
 
 
 def quantize_linears(subject: Subject, way: str) -> None:
@@ -113,7 +121,7 @@ def quantize_linears(subject: Subject, way: str) -> None:
     elif way == "search":
         subject.put(lambda weight: dequantize(quantize(weight)))
     else:
-        texts = subject.calibration
+        texts = subject.own_text() if way == "calibrated on own text" else subject.calibration
         calibrate(subject, texts, lambda weight, moments: dequantize(quantize_calibrated(weight, moments)))
 
 

@@ -28,6 +28,9 @@ Way = Literal["gpu", "cpu", "cpu_up", "disk", "disk_up"]
 """The tier where KV rests; ``_up``: it is brought to the GPU for attention, otherwise the CPU attends to it."""
 
 
+_LEARNING = {"learn_forward": 4, "learn_backward": 20}
+"""Steps of inference whose issuing is as long as that of a Step of finetuning: adapters and gradients are many small
+operations (counted in a profile of SmolLM2's layers)."""
 _ATTENDED_BACK = 1.5  # five products where forward has two, less what is counted twice already
 
 
@@ -344,12 +347,12 @@ class Cost:
             case "learn_embed":
                 return self.seconds("embed", resource, group, load, weights)
             case "learn_forward":
-                return self.step_s(resource) + self.layer_s(resource, group, load, weights)
+                return _LEARNING[kind] * self.step_s(resource) + self.layer_s(resource, group, load, weights)
             case "learn_loss":
                 return self.step_s(resource) + 2 * self.product_s("head", group, load, weights)
             case "learn_backward":
                 again = 0.0 if self.is_edge(group) else 2 * self.layer_s(resource, group, load, weights)
-                return self.step_s(resource) + again + _ATTENDED_BACK * self.attend_s(resource, load)
+                return _LEARNING[kind] * self.step_s(resource) + again + _ATTENDED_BACK * self.attend_s(resource, load)
             case _:
                 return self.link_s(resource, self.moved(kind, load))
 

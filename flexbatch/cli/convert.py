@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 _SEQUENCE = 512  # tokens of the sample that are run together
 _LARGEST_SAMPLE = 4 << 20  # bytes: a few kilobytes are enough, and every one of them passes through every layer
 _LEAST_SAMPLE = 64  # tokens
+OWN = "self"
+"""What ``--calibrate`` takes instead of a file."""
 
 
 def add_convert_options(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +35,9 @@ def add_convert_options(parser: argparse.ArgumentParser) -> None:
         "--weight-bits", type=_bits, default=16, metavar="16|4", help="default 16: as stored; 4 packs all layers"
     )
     parser.add_argument(
-        "--calibrate", metavar="FILE", type=Path, help="pack for text like FILE's, a few kilobytes; slower, more exact"
+        "--calibrate",
+        metavar="FILE|self",
+        help="pack for text like FILE's, a few kilobytes, or (self) for text that the model writes; slower, more exact",
     )
     parser.add_argument("--quiet", action="store_true", help="write nothing to stderr but errors")
 
@@ -51,8 +55,9 @@ def run_convert(values: argparse.Namespace, command: Sequence[str]) -> ExitCode:
 def _convert(values: argparse.Namespace) -> ExitCode:
     console = Console(quiet=values.quiet)
     output: Path = values.output
-    sample = None if values.calibrate is None else _read_sample(values.calibrate)
-    if sample is not None and values.weight_bits != 4:
+    own = values.calibrate == OWN
+    sample = None if values.calibrate is None or own else _read_sample(Path(values.calibrate))
+    if values.calibrate is not None and values.weight_bits != 4:
         raise UsageError("--calibrate: goes with --weight-bits 4")
     if not output.absolute().parent.is_dir():
         raise UsageError(f"--output {output}: there is no folder {output.absolute().parent}: make it first")
@@ -71,7 +76,7 @@ def _convert(values: argparse.Namespace) -> ExitCode:
         console.warn(warning)
     table = family_of(folder.shape).table(folder.shape)
     checkpoint = open_weights(folder, table)
-    digest = "" if sample is None else hashlib.sha256(sample.encode()).hexdigest()
+    digest = OWN if own else "" if sample is None else hashlib.sha256(sample.encode()).hexdigest()
     identity = f"{checkpoint.fingerprint} {values.weight_bits} {digest}".strip()
     if output.is_dir() and any(output.iterdir()):
         if identity_of(output) == f"{METHOD} {identity}":
@@ -81,13 +86,19 @@ def _convert(values: argparse.Namespace) -> ExitCode:
     if output.is_dir():
         output.rmdir()  # empty: the finished folder takes its place
     codec = TextCodec.load_if_present(folder.path)
-    texts = None if sample is None else _sequences(sample, values.calibrate, folder, codec)
+    texts: Sequence[Sequence[int]] | None = None
+    if sample is not None:
+        texts = _sequences(sample, Path(values.calibrate), folder, codec)
 
     def finish(place: Path) -> None:
         if folder.path.is_file() and codec is not None:
             codec.save(place)
 
     with closing(LoadMeter(console)) as meter:
+        if own:
+            from flexbatch.cli.own_text import own_text
+
+            texts = own_text(values.model, folder.shape.vocab_size, folder.shape.max_positions, meter)
         packer = None
         if values.weight_bits == 4:
             packer = PlainPacker(checkpoint, table) if texts is None else Calibrator(folder.shape, checkpoint, texts)

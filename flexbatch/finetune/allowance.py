@@ -13,9 +13,13 @@ _WORTH = 0.25  # of training's seconds: less idle time in the mean is not worth 
 
 @dataclass(slots=True)
 class _Usual:
-    """Sweeps of about one size without training: ``seconds`` (None: none went without), ``idle`` ones of products."""
+    """Sweeps of about one size without training: ``seconds`` (None: none went without), ``idle`` ones of products.
+
+    ``others``: seconds of the busiest other resource, in sweeps with training, too.
+    """
 
     seconds: float | None = None
+    others: float | None = None
     idle: float | None = None
 
 
@@ -31,6 +35,7 @@ class Allowance:
     overlap: bool = True
     inference_s: float = 0.0
     lost_s: float = 0.0
+    _began: bool = False
     _newest_s: float = 0.0
     _idle_s: float | None = None  # of sweeps of any size
     _usual: dict[int, _Usual] = field(default_factory=dict)
@@ -38,7 +43,7 @@ class Allowance:
     @property
     def suffices(self) -> bool:
         """Whether as much may be lost once more as the last time."""
-        return self.lost_s == 0 or self._newest_s <= self._left_s
+        return not self._began or self._newest_s <= self._left_s
 
     def idle_s(self, tokens: int) -> float:
         """How long products wait in a sweep of so many tokens without training, of late; 0 if none is known."""
@@ -54,16 +59,17 @@ class Allowance:
         Not if others have far more idle time, in which much of it would hide.
         """
         idle = self.idle_s(tokens)
-        if self.lost_s == 0:
+        if not self._began:
             return True
         if (self._idle_s or 0.0) > max(_FAR * idle, _WORTH * learning):
             return False
         return 0 <= max(0.0, learning - idle) <= self._left_s
 
-    def swept(self, tokens: int, seconds: float, products: float) -> None:
-        """Count a sweep without training, of so many seconds of products."""
+    def swept(self, tokens: int, seconds: float, products: float, others: Mapping[str, float]) -> None:
+        """Count a sweep without training: its seconds, those of products, and those of other resources."""
         usual = self._of(tokens)
         usual.seconds = _mean(usual.seconds, seconds)
+        usual.others = _mean(usual.others, max(others.values(), default=0.0))
         self.inference_s += seconds
         self._idle(usual, seconds - products)
 
@@ -73,13 +79,17 @@ class Allowance:
         """Count a sweep with ``products`` seconds of products, of which ``learning`` are those of training.
 
         Without them it would have taken as long as the busiest of the ``others``, inference's resources but that of the
-        products (which training may have slowed down: no longer than is usual), and at least the rest of the time.
+        products, does in the mean: what was fetched ahead in one sweep makes the next one shorter, so that there is
+        something to gain, too. Not longer than is usual, for training may have slowed them down; and at least the rest
+        of the time.
         """
         usual = self._of(tokens)
         busiest = max(others.values(), default=0.0)
         if usual.seconds is not None:
             busiest = min(busiest, usual.seconds)
-        alone = max(seconds - learning, min(seconds, busiest))
+        usual.others = _mean(usual.others, busiest)
+        alone = max(seconds - learning, usual.others)
+        self._began = True
         self._newest_s = seconds - alone
         self.lost_s += self._newest_s
         self.inference_s += alone
@@ -87,6 +97,7 @@ class Allowance:
 
     def stopped(self, seconds: float) -> None:
         """Count a pause of inference."""
+        self._began = True
         self._newest_s = seconds
         self.lost_s += seconds
 

@@ -239,16 +239,15 @@ class CoServingTrainer(GradientSource):
         """Count the sweep and what inference lost by it, and let the job go on if all is back."""
         assert self._work is not None
         assert self._loaded is not None
-        products = busy.get(self._loaded.device.compute, 0.0)
-        if not self._boarded:
-            self._allowance.swept(self._swept, seconds, products)
-            return
         moved = {name: spent - self._moved_before[name] for name, spent in self._moving_s.items()}
-        others = {name: spent - moved.get(name, 0.0) for name, spent in busy.items()}
-        others.pop(self._loaded.device.compute, None)
-        overlapped = others if self._options.overlap else {}
-        learning = self._work.seconds - self._mark
-        self._allowance.shared(self._swept, seconds, learning, products, overlapped)
+        others = {name: spent - (moved.get(name, 0.0) if self._boarded else 0.0) for name, spent in busy.items()}
+        products = others.pop(self._loaded.device.compute, 0.0)
+        if not self._options.overlap:
+            others = {}
+        if not self._boarded:
+            self._allowance.swept(self._swept, seconds, products, others)
+            return
+        self._allowance.shared(self._swept, seconds, self._work.seconds - self._mark, products, others)
         trip = self._trip
         if trip is not None:
             self.ridden += 1
