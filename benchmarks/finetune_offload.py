@@ -1,13 +1,13 @@
 """Finetuning a model larger than its memory cap: ours, and PEFT with gradient checkpointing on accelerate's offload.
 
     python -m benchmarks.finetune_offload make --model DIR       write a random model (bf16) of 2.9 GB
-    python -m benchmarks.finetune_offload all --model DIR [--cap 1.5GB] [--sizes 1,2,4] [--tokens 128] [--output FILE]
+    python -m benchmarks.finetune_offload all --model DIR [--cap 1.5GB] [--disk-read 500MB] [--sizes 1,2,4] ...
 
 One accumulation (forward and backward, no optimizer step) of rank 16 on all linear layers, every token but the first a
 target. Every run is a process of its own inside a memory control group of ``--cap`` bytes, page cache included (root
 needed). accelerate keeps in RAM what fits and offloads the rest to disk; it is given the part of RAM that lets it live.
 Both in fp32 and in bf16 (the type of products; factors are in fp32). ``--sizes``: rows of an accumulation; the best
-tokens per second of each system count, by type and over both.
+tokens per second of each system count, by type and over both. ``--disk-read`` holds the disk to a rate, for both.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def everything(options: argparse.Namespace) -> None:
     """All systems and sizes, each in a process with the cap."""
     results: list[dict[str, Any]] = []
     for rows in map(int, options.sizes.split(",")):
-        for system, dtype in itertools.product(("ours", "PEFT"), ("float32", "bfloat16")):
+        for system, dtype in itertools.product(("ours", "PEFT"), options.dtypes.split(",")):
             memory = options.our_memory if system == "ours" else options.their_memory
             command = [sys.executable, "-m", "benchmarks.finetune_offload", "one", "--model", str(options.model)]
             command += ["--system", system, "--dtype", dtype, "--memory", memory]
@@ -179,6 +179,7 @@ def main() -> None:
     parser.add_argument("--cap", default="1.5GB")
     parser.add_argument("--our-memory", default="950MB")
     parser.add_argument("--their-memory", default="50MB")
+    parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--disk-read", help="hold the disk to so many bytes a second, for both (default: as it is)")
     parser.add_argument("--sizes", default="1,2,4")
     parser.add_argument("--tokens", type=int, default=128)
