@@ -155,7 +155,7 @@ def everything(options: argparse.Namespace) -> None:
         for kind in (each["dtype"], "either"):
             key = each["system"], kind
             best[key] = max(best.get(key, 0.0), each.get("tokens_per_s", 0.0))
-    kinds = ("float32", "bfloat16", "either")
+    kinds = (*options.dtypes.split(","), "either")
     report = {
         "what": "tokens per second of one accumulation of LoRA finetuning under a memory cap",
         "cap": options.cap,

@@ -36,6 +36,7 @@ class Allowance:
     inference_s: float = 0.0
     lost_s: float = 0.0
     _began: bool = False
+    _rode: bool = False  # in the newest sweep
     _newest_s: float = 0.0
     _idle_s: float | None = None  # of sweeps of any size
     _usual: dict[int, _Usual] = field(default_factory=dict)
@@ -66,34 +67,47 @@ class Allowance:
         return 0 <= max(0.0, learning - idle) <= self._left_s
 
     def swept(self, tokens: int, seconds: float, products: float, others: Mapping[str, float]) -> None:
-        """Count a sweep without training: its seconds, those of products, and those of other resources."""
+        """Count a sweep without training: its seconds, those of products, and those of other resources.
+
+        After one with training it may have found its first weights there already, and be shorter than is usual.
+        """
         usual = self._of(tokens)
-        usual.seconds = _mean(usual.seconds, seconds)
-        usual.others = _mean(usual.others, max(others.values(), default=0.0))
-        self.inference_s += seconds
-        self._idle(usual, seconds - products)
+        if self._rode:
+            self._count(usual, seconds, products, others)
+        else:
+            usual.seconds = _mean(usual.seconds, seconds)
+            usual.others = _mean(usual.others, max(others.values(), default=0.0))
+            self.inference_s += seconds
+            self._idle(usual, seconds - products)
+        self._rode = False
 
     def shared(
         self, tokens: int, seconds: float, learning: float, products: float, others: Mapping[str, float]
     ) -> None:
-        """Count a sweep with ``products`` seconds of products, of which ``learning`` are those of training.
-
-        Without them it would have taken as long as the busiest of the ``others``, inference's resources but that of the
-        products, does in the mean: what was fetched ahead in one sweep makes the next one shorter, so that there is
-        something to gain, too. Not longer than is usual, for training may have slowed them down; and at least the rest
-        of the time.
-        """
+        """Count a sweep with ``products`` seconds of products, of which ``learning`` are those of training."""
         usual = self._of(tokens)
+        before = self.lost_s
+        self._count(usual, seconds, products - learning, others, least=seconds - learning)
+        self._began = self._rode = True
+        self._newest_s = self.lost_s - before
+
+    def _count(
+        self, usual: _Usual, seconds: float, products: float, others: Mapping[str, float], *, least: float = 0.0
+    ) -> None:
+        """Count a sweep that training changed: ``products`` are inference's own, without training it took ``least``.
+
+        It would have taken as long as the busiest of the ``others``, inference's resources but that of the products,
+        does in the mean: what was fetched ahead in one sweep makes the next one shorter, so that there is something to
+        gain, too. Not longer than is usual, for training may have slowed them down; and as long as its products.
+        """
         busiest = max(others.values(), default=0.0)
         if usual.seconds is not None:
             busiest = min(busiest, usual.seconds)
         usual.others = _mean(usual.others, busiest)
-        alone = max(seconds - learning, usual.others)
-        self._began = True
-        self._newest_s = seconds - alone
-        self.lost_s += self._newest_s
+        alone = max(least, usual.others, products)
+        self.lost_s += seconds - alone
         self.inference_s += alone
-        self._idle(usual, alone - (products - learning))
+        self._idle(usual, alone - products)
 
     def stopped(self, seconds: float) -> None:
         """Count a pause of inference."""

@@ -70,8 +70,8 @@ class Work:
     """The handlers of one trainer, and the micro-batches of the pass that is under way.
 
     ``seconds`` of the thread that issues products went into them so far. ``peak``: the most bytes of activations, which
-    are buffers and what is made inside of Steps. The latter is measured, and slow, where a Step is of more tokens than
-    any of its kind and group before; others are taken to need as much.
+    are buffers and what is made inside of Steps. The latter is measured, and slow, where a Step of training is of more
+    tokens than any of its kind and group before; others are taken to need as much.
     """
 
     shape: ModelShape
@@ -129,7 +129,7 @@ class Work:
             started = time.perf_counter()
             self.inputs.highest()
             largest, inner = self._inner.get((kind, step.group), (0, 0))
-            metered = step.tokens > largest
+            metered = step.tokens > largest and self._scale is not None
             if metered:
                 with ActivationMeter() as meter:
                     handler(step)

@@ -33,6 +33,19 @@ def test_what_is_fetched_ahead_is_counted_where_it_is_used() -> None:
     assert allowance.lost_s + allowance.inference_s == pytest.approx(40.0)
 
 
+def test_a_sweep_after_a_ridden_one_is_not_the_usual_one() -> None:
+    """Training in every other sweep: the next one finds weights there. As long as both would have taken: no loss."""
+    allowance = Allowance(0.1)
+    for _ in range(5):
+        allowance.swept(8, 1.0, 0.4, DISK)
+    for _ in range(20):
+        allowance.shared(8, 1.2, 0.8, 1.2, DISK)
+        allowance.swept(8, 0.8, 0.4, DISK)
+    assert allowance.lost_s == pytest.approx(0.0, abs=1e-9)
+    assert allowance.inference_s == pytest.approx(45.0)
+    assert allowance.idle_s(8) == pytest.approx(0.6)
+
+
 def test_transfers_that_training_slows_down_are_its_loss() -> None:
     allowance = Allowance(0.1)
     allowance.swept(8, 1.0, 0.4, DISK)

@@ -138,6 +138,8 @@ def test_a_step_is_metered_once(order: Order, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(work, "ActivationMeter", Counted)
     with Trainer(folder, parameters, engine_options(), window=16, order=order) as trainer:
         entered.clear()
+        trainer.evaluate(rows)
+        assert not entered  # without gradients it takes less
         trainer.accumulate(rows[:1], 0.1)
         one, kinds = trainer.peak_activation_bytes, len(entered)
         assert kinds == 2 * folder.shape.num_layers + 2  # embedding and loss; layers forward and back
