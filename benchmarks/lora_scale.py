@@ -9,8 +9,8 @@ As in S-LoRA's table: ranks 8, 16, 32 and 64 on q, k, v and o, a random adapter 
 new tokens, on the CPU in ``--dtype`` (fp32 unless given; PEFT's adapters too). ``run`` adds its figures to
 ``--output``, so that long measurements can be made in pieces; count 0 is the base model alone. ``extra_s`` of ours is
 what the products of the adapters and one pass over the factors for every decoding row cost at rates measured in the
-same process; ``products_s`` what all products of base model and adapters cost alone: no run in that type takes less, whoever
-makes it. ``cpu_s`` are seconds of all processors, which say more than ``seconds`` where others compute on the same
+same process; ``products_s`` what all products of base model and adapters cost alone: no run in that type takes less.
+``cpu_s`` are seconds of all processors, which say more than ``seconds`` where others compute on the same
 machine. ``sum`` adds the ratios. PEFT's batch sizes are each tried on at least one whole batch.
 """
 
@@ -259,7 +259,7 @@ def summary(report: dict[str, Any]) -> dict[str, Any]:
     if 100 in ours and "100" in report.get("peft", {}):
         mixed, peft = ours[100], report["peft"]["100"]
         least = mixed["products_s"] / mixed["rows"]
-        ratios["most that any run of this type can be of PEFT's at 100"] = {"by_clock": peft["seconds"] / peft["rows"] / least}
+        ratios["most that products allow of PEFT's at 100"] = {"by_clock": peft["seconds"] / peft["rows"] / least}
     if 0 in ours and 1000 in ours:
         base, many = ours[0], ours[1000]
         extra = many["extra_s"]

@@ -100,11 +100,9 @@ class Allowance:
         does in the mean: what was fetched ahead in one sweep makes the next one shorter, so that there is something to
         gain, too. Not longer than is usual, for training may have slowed them down; and as long as its products.
         """
-        busiest = max(others.values(), default=0.0)
-        if usual.seconds is not None:
-            busiest = min(busiest, usual.seconds)
-        usual.others = _mean(usual.others, busiest)
-        alone = max(least, usual.others, products)
+        usual.others = _mean(usual.others, max(others.values(), default=0.0))
+        busiest = usual.others if usual.seconds is None else min(usual.others, usual.seconds)
+        alone = max(least, busiest, products)
         self.lost_s += seconds - alone
         self.inference_s += alone
         self._idle(usual, alone - products)
