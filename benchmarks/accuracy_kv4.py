@@ -32,7 +32,7 @@ from flexbatch.policy.footprint import CALIBRATION_TOKENS
 WEIGHTS = ("16 bit", "search", "calibrated")
 KV = (", KV 4 bit", ", KV 4 bit, without the basis")
 RESULTS = Path(__file__).resolve().parent / "results" / "accuracy_kv4.json"
-BOOK_START = 120_000
+BOOK_START = 120_000  # characters into a book, if it is long enough
 Attention = Callable[..., tuple[Tensor, None]]
 
 

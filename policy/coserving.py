@@ -31,7 +31,8 @@ _BELOW = {"gpu": "cpu", "cpu": "disk"}
 class CoservingPlan:
     """How a finetuning job shares sweeps: ``order`` of backward and why, and what is predicted of it.
 
-    ``together``: micro-batches that a riding sweep takes in (reverse: that one pass between two sweeps does).
+    ``together``: micro-batches that a riding sweep is thought to take in, which is decided anew before each (reverse:
+    that one pass between two sweeps takes).
     ``kept``: the tier of saved inputs. ``share``: what of the time inference may lose. Tokens per second are those
     while inference runs: of the order that was chosen, and of ``other`` one.
     """

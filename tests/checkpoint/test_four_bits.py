@@ -17,7 +17,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flexbatch import LLM
 from flexbatch.checkpoint import shards
 from flexbatch.checkpoint.export import export
 from flexbatch.checkpoint.four_bits import PackedCheckpoint, as_stored, in_four_bits
@@ -26,7 +25,6 @@ from flexbatch.checkpoint.packed import packable
 from flexbatch.checkpoint.reader import StoredCheckpoint, open_checkpoint
 from flexbatch.checkpoint.safetensors import write_file
 from flexbatch.checkpoint.tensors import Checkpoint
-from flexbatch.cli import own_text
 from flexbatch.cli.main import main
 from flexbatch.compression.groups import Packed, dequantize
 from flexbatch.compression.quantize import quantize
@@ -215,35 +213,6 @@ def calibrated(model: Path, output: Path, texts: int = 3) -> None:
     sample = [[rng.randrange(folder.shape.vocab_size) for _ in range(40)] for _ in range(texts)]
     packer = Calibrator(folder.shape, checkpoint, sample)
     export(checkpoint, folder, table, output, packer, lambda _: None, identity="x", progress=lambda *_: None)
-
-
-def test_a_model_writes_the_text_that_it_is_packed_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is packed is what packing for that text gives, and the text is the model's: it finds it likely."""
-    written: list[list[list[int]]] = []
-    write = own_text.own_text
-
-    def noted(*arguments: Any) -> list[list[int]]:
-        written.append(write(*arguments))
-        return written[-1]
-
-    monkeypatch.setattr(own_text, "own_text", noted)
-    monkeypatch.setattr(own_text, "ROWS", 6)
-    monkeypatch.setattr(own_text, "TOKENS", 40)
-    assert convert(Path("demo"), tmp_path / "own", "--weight-bits", "4", "--calibrate", "self") == 0
-    (rows,) = written
-    assert [len(row) for row in rows] == [40] * 6
-    assert len({row[0] for row in rows}) == 6
-    folder = locate("demo")
-    table = family_of(folder.shape).table(folder.shape)
-    checkpoint = open_checkpoint(folder, table)
-    packer = Calibrator(folder.shape, checkpoint, rows)
-    export(
-        checkpoint, folder, table, tmp_path / "given", packer, lambda _: None, identity="x", progress=lambda *_: None
-    )
-    assert_same(opened(tmp_path / "own"), opened(tmp_path / "given"))
-    with LLM("demo") as llm:
-        scores = llm.score([(row[:1], row[1:]) for row in rows])
-    assert sum(score.logprob for score in scores) / (6 * 39) > -3  # of random tokens: about -13
 
 
 @pytest.mark.parametrize("way", ["convert", "calibrated", "cache"])
