@@ -4,8 +4,10 @@ python -m benchmarks.accuracy_kv4                                    the demonst
 python -m benchmarks.accuracy_kv4 --smollm2 FOLDER --texts FOLDER    SmolLM2 (as for accuracy_4bit.py)
 ... --books                                        1024 tokens of every book, whose mean says more than any of them
 
-Models are run by transformers, with attention that reads every key and value, the token's own included, from 4 bits:
-what the engine does, in the basis that it finds for the model (from the texts that come with the package). Rows are
+Models are run by transformers, with attention that reads a token's own key and value as they are, those of the nearest
+before it in 6 bits and all others in 4: what the engine does, in the basis that it finds for the model (from the texts
+that come with the package). ``--draws``: with noise of 1e-6 in the embedding, as often: numbers at the border of two
+codes fall to the other one, and the spread says what a single figure is worth. Rows are
 16-bit weights and 4-bit ones (``search``, ``calibrated``), each with the cache in 16 bits, in 4 bits, and in 4 bits
 without the basis.
 """
@@ -24,10 +26,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from benchmarks.accuracy_4bit import TOKENS, Subject, keep, quantize_linears, show, subject_of
-from flexbatch.kernels.kv4 import pack_rows, unpack_rows
+from flexbatch.kernels.kv4 import pack_rows, scales_of, unpack_rows
 from flexbatch.kernels.kv4_basis import Basis, turned
 from flexbatch.kernels.kv4_finder import BasisFinder
-from flexbatch.policy.footprint import CALIBRATION_TOKENS
+from flexbatch.kernels.kv4_near import fine_of, finer
+from flexbatch.policy.footprint import CALIBRATION_TOKENS, KV_NEAR
 
 WEIGHTS = ("16 bit", "search", "calibrated")
 KV = (", KV 4 bit", ", KV 4 bit, without the basis")
@@ -54,21 +57,38 @@ def observing(finders: Sequence[BasisFinder]) -> Attention:
     return attend
 
 
+def in_bits(exact: Tensor, feedback: Tensor) -> list[Tensor]:
+    """Numbers [T, kv_heads, D] as they are packed: in 4 bits, and in 6."""
+    rows, dim = pack_rows(exact, feedback), exact.shape[2]
+    coarse, scales = unpack_rows(rows, dim), scales_of(rows, dim)
+    return [coarse, fine_of(finer(exact, coarse, scales), coarse, scales)]
+
+
 def packed(bases: Sequence[Basis], turns: Tensor) -> Attention:
-    """Attention over keys and values that were packed in ``bases``."""
+    """Attention over keys and values packed in ``bases``: a token's own as they are, the nearest in 6 bits."""
 
     def attend(
         of: Any, q: Tensor, k: Tensor, v: Tensor, _mask: Tensor | None, scaling: float, **_: object
     ) -> tuple[Tensor, None]:
-        basis, positions, dim = bases[of.layer_idx], torch.arange(k.shape[2]), k.shape[3]
+        basis, positions = bases[of.layer_idx], torch.arange(k.shape[2])
         first = (positions == 0).view(-1, 1, 1)
         keys, values = k[0].transpose(0, 1), v[0].transpose(0, 1)
-        keys = unpack_rows(pack_rows(basis.stored_keys(keys, positions, turns), basis.key_feedback), dim)
-        keys = torch.einsum("lkd,ked->lke", keys + first * basis.first_keys, basis.queries)
-        keys = keys + turned(basis.means, turns[positions])
-        values = unpack_rows(pack_rows(basis.stored_values(values, positions), basis.value_feedback), dim)
-        values = basis.attended(values + first * basis.first_values)
-        return plain(q, keys.transpose(0, 1)[None], values.transpose(0, 1)[None], scaling), None
+        means = turned(basis.means, turns[positions])
+        all_keys = [
+            torch.einsum("lkd,ked->lke", numbers + first * basis.first_keys, basis.queries) + means
+            for numbers in in_bits(basis.stored_keys(keys, positions, turns), basis.key_feedback)
+        ]
+        all_values = [
+            basis.attended(numbers + first * basis.first_values)
+            for numbers in in_bits(basis.stored_values(values, positions), basis.value_feedback)
+        ]
+        # All three ways stand side by side; the mask leaves each query one of each token.
+        distance = positions.unsqueeze(1) - positions
+        way = ((distance >= 0) & (distance <= KV_NEAR)).long() + (distance == 0).long()
+        seen = torch.cat([(way == each) & (distance >= 0) for each in range(3)], 1)
+        k, v = (torch.cat(ways).transpose(0, 1)[None] for ways in ([*all_keys, keys], [*all_values, values]))
+        attended = nn.functional.scaled_dot_product_attention(q, k, v, seen, scale=scaling, enable_gqa=True)
+        return attended.transpose(1, 2).contiguous(), None
 
     return attend
 
@@ -132,6 +152,26 @@ def say_costs(rows: dict[str, dict[str, float]]) -> None:
             print(f"{way}: {statistics.mean(costs):+.2f}% (standard error {error:.2f}, {len(costs)} texts)")
 
 
+@torch.no_grad()
+def drawn(subject: Subject, draws: int) -> list[dict[str, float]]:
+    """Perplexities with noise in the embedding, so often."""
+    table = subject.model.get_input_embeddings().weight.data
+    exact, found = table.clone(), []
+    for seed in range(draws):
+        table.mul_(1 + 1e-6 * torch.randn(table.shape, generator=torch.Generator().manual_seed(seed)))
+        found.append(subject.perplexities())
+        table.copy_(exact)
+    return found
+
+
+def say_draws(way: str, base: dict[str, float], found: list[dict[str, float]]) -> None:
+    """The mean cost of each test over some draws, and their deviation: percent."""
+    for test, without in base.items():
+        costs = [100 * (each[test] / without - 1) for each in found]
+        deviation = statistics.stdev(costs) if len(costs) > 1 else 0.0
+        print(f"{way}, {test}: {statistics.mean(costs):+.2f}%, deviation {deviation:.2f} of {len(costs)} draws")
+
+
 def main() -> None:
     """Measure, and add the tables to those written before."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -139,6 +179,7 @@ def main() -> None:
     parser.add_argument("--texts", type=Path)
     parser.add_argument("--weights", choices=WEIGHTS, nargs="+", default=WEIGHTS)
     parser.add_argument("--books", action="store_true")
+    parser.add_argument("--draws", type=int, default=0)
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     if options.books and options.texts is None:
@@ -158,6 +199,8 @@ def main() -> None:
             attend_as(subject, packed(bases, turns))
             rows[way + title] = subject.perplexities()
             show(way + title, rows[way + title])
+            if options.draws:
+                say_draws(way + title, rows[way], drawn(subject, options.draws))
     say_costs(rows)
     keep(options.output, subject.name, rows, [way + title for way in WEIGHTS for title in ("", *KV)])
 

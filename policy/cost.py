@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from flexbatch.errors import UsageError
-from flexbatch.policy.footprint import DTYPE_BYTES, ModelSize, UnitSize, kv_page_bytes
+from flexbatch.policy.footprint import DTYPE_BYTES, ModelSize, UnitSize
 from flexbatch.policy.profile import HardwareProfile, Processor
 from flexbatch.scheduler.steps import Kind, Resource
 from flexbatch.scheduler.sweep import Slice
@@ -192,7 +192,7 @@ class Cost:
         self._profile = profile
         width = DTYPE_BYTES[precision.dtype]
         self._row_bytes = size.kv_row_bytes(precision.dtype, precision.kv_bits)
-        self.page_bytes = kv_page_bytes(page_tokens, self._row_bytes, precision.kv_bits)
+        self.page_bytes = size.kv_page_bytes(page_tokens, precision.dtype, precision.kv_bits)
         self._token_bytes: dict[str, float] = {
             "gather": size.shape.embed_dim * DTYPE_BYTES.get(precision.edges, 2),
             "qkv_down": size.qkv_width * width,

@@ -24,9 +24,11 @@ CALIBRATION_SEQUENCES, CALIBRATION_TOKENS = 3, 256
 """How many sequences the basis of packed KV is found from, and how many tokens each has at most."""
 CALIBRATION_DIRECTIONS = 512
 """How many random directions of a layer's output say what its output matrix makes of the errors of values."""
+KV_NEAR = 4
+"""Newest tokens of a page of packed KV that it keeps two more bits a number of."""
 _SCALES = 4  # bytes of a group's 16-bit scale and minimum
 _BLOCK = 4096  # bytes that a disk reads and writes at least
-_PADDING = 32  # a page of packed KV grows by at most a 32nd to fill blocks
+_PADDING = 64  # a page of packed KV grows by at most a 64th to fill blocks
 
 
 def tile_bytes(rows: int) -> int:
@@ -54,11 +56,21 @@ def kv_head_bytes(head_dim: int) -> int:
     return head_dim // group * (group // 2 + _SCALES)
 
 
-def kv_page_bytes(tokens: int, row_bytes: int, bits: int) -> int:
-    """Bytes of a page of ``tokens`` rows: of packed ones whole blocks, where that costs next to nothing."""
-    exact = tokens * row_bytes
+def kv_near_bytes(head_dim: int) -> int:
+    """Bytes of the two bits more, of one token's keys, or values, of one head."""
+    return -(-head_dim // 4)
+
+
+def kv_area_bytes(tokens: int, head_dim: int) -> int:
+    """Bytes of the keys, or the values, of one head in a packed page: its rows, and what is kept of the newest."""
+    return tokens * kv_head_bytes(head_dim) + KV_NEAR * kv_near_bytes(head_dim)
+
+
+def packed_page_bytes(tokens: int, kv_heads: int, head_dim: int) -> int:
+    """Bytes of a packed page of one layer: whole blocks, where that costs next to nothing."""
+    exact = 2 * kv_heads * kv_area_bytes(tokens, head_dim)
     whole = -(-exact // _BLOCK) * _BLOCK
-    return whole if bits == 4 and whole - exact <= exact // _PADDING else exact
+    return whole if whole - exact <= exact // _PADDING else exact
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +116,12 @@ class ModelSize:
         """Keys and values of one token in all layers."""
         shape = self.shape
         return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * DTYPE_BYTES[dtype]
+
+    def kv_page_bytes(self, tokens: int, dtype: str, bits: int = 16) -> int:
+        """A page of one layer, ``tokens`` rows of it."""
+        if bits == 4:
+            return packed_page_bytes(tokens, self.shape.num_kv_heads, self.shape.head_dim)
+        return tokens * self.kv_row_bytes(dtype)
 
     def kv_row_bytes(self, dtype: str, bits: int = 16) -> int:
         """Keys and values of one token in one layer; ``bits`` 4 packs each head's, 16 keeps them in ``dtype``."""
@@ -186,17 +204,19 @@ class ModelSize:
         """Scratch memory, in fp32, of packing the keys and values of ``tokens`` and of attending to packed ones.
 
         Keys and queries turned, and what is attended; tiles; one head's keys and values of a whole context, and what
-        is added to them. Before, what the basis is found from, of two layers, and a layer's output matrix.
+        is added to them; all that is known of the tokens themselves and of those before each of them.
+        Before, what the basis is found from, of two layers, and a layer's output matrix.
         """
         shape = self.shape
         turned = tokens * (3 * shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim * 4
+        known = 8 * (1 + KV_NEAR) * tokens * shape.num_kv_heads * 2 * shape.head_dim * 4
         row = 2 * shape.head_dim * 4
         tiles = 8 * min(KV_TILE_BYTES, tokens * shape.num_kv_heads * row) + KV_TILE_BYTES
         chunk = 4 * min(context * shape.num_kv_heads * row, max(KV_TILE_BYTES, context * row))
         seen = 2 * CALIBRATION_SEQUENCES * CALIBRATION_TOKENS * self.qkv_width * 4
         hidden, heads, directions = shape.hidden_size, self.heads_width, CALIBRATION_DIRECTIONS
         output = 4 * (hidden * heads + directions * (hidden + 2 * heads))
-        return max(turned + tiles + chunk, seen + output)
+        return max(turned + known + tiles + chunk, seen + output)
 
     def linear_flops(self, tokens: int, logit_rows: int) -> int:
         """Multiply-adds (two FLOPs each) of every matrix product for ``tokens`` tokens, ``logit_rows`` of them read."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import chain, count
 
 from flexbatch.policy.cost import Cost, Precision
-from flexbatch.policy.footprint import DTYPE_BYTES, PAGE_TOKENS, ModelSize, UnitSize, kv_page_bytes, packed_bytes
+from flexbatch.policy.footprint import DTYPE_BYTES, PAGE_TOKENS, ModelSize, UnitSize, packed_bytes
 from flexbatch.policy.machine import LANES, Machine
 from flexbatch.policy.plan import TIERS, TierMemory
 from flexbatch.policy.weights import BLOCK, WeightPlacement
@@ -58,12 +58,15 @@ class Cut:
 def page_tokens_for(size: ModelSize, precision: Precision, *, on_disk: bool) -> int:
     """Tokens of a page; on disk a page is a multiple of a block."""
     tokens = PAGE_TOKENS
-    row = size.kv_row_bytes(precision.dtype, precision.kv_bits)
+
+    def page(number: int) -> int:
+        return size.kv_page_bytes(number, precision.dtype, precision.kv_bits)
+
     if precision.kv_bits == 4 and on_disk:
         # Few numbers of packed tokens fill blocks exactly: the first that nearly does, somewhat smaller ones included.
         likely = chain((tokens,), count(max(1, tokens - tokens // 4)))
-        return next(number for number in likely if kv_page_bytes(number, row, 4) % BLOCK == 0)
-    while on_disk and tokens * row % BLOCK:
+        return next(number for number in likely if page(number) % BLOCK == 0)
+    while on_disk and page(tokens) % BLOCK:
         tokens *= 2
     return tokens
 
@@ -84,7 +87,7 @@ def cut_for(
     tokens = page_tokens_for(size, precision, on_disk=on_disk)
     longest = max(1, workload.longest(shape.max_positions))
     pages = -(-longest // tokens)
-    page_bytes = kv_page_bytes(tokens, size.kv_row_bytes(precision.dtype, precision.kv_bits), precision.kv_bits)
+    page_bytes = size.kv_page_bytes(tokens, precision.dtype, precision.kv_bits)
     tiers = [machine.gpu, machine.cpu] if machine.compute == "gpu" else [machine.cpu]
     room = min(tiers) // _LANE_SHARE // page_bytes
     staged = max(pages, min(micro_batch * pages, max(room, _LEAST_STAGED * pages)))

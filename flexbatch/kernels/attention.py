@@ -17,6 +17,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from flexbatch.kernels.cascade import SharedContext, attend_rest, attend_shared, common_pages, merged
+from flexbatch.kernels.kv4_near import NearIndex, near_index
 from flexbatch.kernels.paged import PagedQueries, attend_paged, has_kernels, index_queries
 
 _CPU = torch.device("cpu")
@@ -76,7 +77,7 @@ class AttentionBatch:
     """Everything about one micro-batch that attention needs in every layer with the same window.
 
     Either ``paged``, for the kernels of a device that has some, or ``spans`` and ``pages``, for this module's products,
-    with the ``contexts`` that they skip.
+    with the ``contexts`` that they skip. ``near``: what attention over 4 bits reads more precisely.
     """
 
     spans: tuple[Span, ...]
@@ -84,31 +85,42 @@ class AttentionBatch:
     window: int | None
     paged: tuple[PagedQueries, ...] = ()
     contexts: tuple[SharedContext, ...] = ()
+    near: NearIndex | None = None
 
     def to(self, device: torch.device) -> AttentionBatch:
         """The same with its tensors on ``device``, copied on its current stream."""
         pages = None if self.pages is None else self.pages.to(device)
         paged = tuple(queries.to(device) for queries in self.paged)
-        return replace(self, pages=pages, paged=paged, contexts=tuple(context.to(device) for context in self.contexts))
+        contexts = tuple(context.to(device) for context in self.contexts)
+        near = None if self.near is None else self.near.to(device)
+        return replace(self, pages=pages, paged=paged, contexts=contexts, near=near)
 
 
 def prepare(
-    spans: Sequence[Span], page_tokens: int, window: int | None, dtype: torch.dtype, device: torch.device = _CPU
+    spans: Sequence[Span],
+    page_tokens: int,
+    window: int | None,
+    dtype: torch.dtype,
+    device: torch.device = _CPU,
+    *,
+    packed: bool = False,
 ) -> AttentionBatch:
     """Build the index tensors for ``spans``; ``window``: how many recent positions, its own included, a token sees.
 
+    ``packed``: for pages in 4 bits.
     They are of the form that ``device`` wants, but still on the CPU: ``to`` takes them there, once a micro-batch.
     """
     contexts: tuple[SharedContext, ...] = ()
+    near = near_index(spans, page_tokens, window) if packed else None
     if window is None and not has_kernels(device):
         contexts, spans = _contexts(spans)
     singles = [span for span in spans if span.count == 1]
     chunks = tuple(span for span in spans if span.count > 1)
     if has_kernels(device):
         groups = [group for group in (singles, chunks) if group]
-        return AttentionBatch((), None, window, tuple(_paged(group, page_tokens, window) for group in groups))
+        return AttentionBatch((), None, window, tuple(_paged(group, page_tokens, window) for group in groups), (), near)
     pages = _page_batch(singles, page_tokens, window, dtype) if singles else None
-    return AttentionBatch(chunks, pages, window, contexts=contexts)
+    return AttentionBatch(chunks, pages, window, contexts=contexts, near=near)
 
 
 def attend(batch: AttentionBatch, layer: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -208,21 +220,17 @@ def _attend_pages(batch: PageBatch, layer: Tensor, q: Tensor, scale: float) -> t
         outputs.append(output)
         logs.append(log)
     partial, log = _joined(outputs), _joined(logs)  # of one page alone: [N, KV, G, D], and [N, KV, G], log of the sum
-    attended, total = _merged_pages(batch, log, torch.ones_like(log), partial, total_rows)
+    attended, total = merged_pages(batch, log, torch.ones_like(log), partial, total_rows)
     return attended.view(total_rows, heads, dim), total.view(total_rows, heads)
 
 
-def merge_pages(batch: PageBatch, highest: Tensor, sums: Tensor, partial: Tensor, rows: int) -> Tensor:
+def merged_pages(batch: PageBatch, highest: Tensor, sums: Tensor, partial: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     """Merge the pages of each row: rescale every page to the row's maximum, add up, divide once.
 
     highest, sums [N, KV, G] of a page's scores and weights (or the logarithm of its sum, and 1, where partial is
-    divided already), partial [N, KV, G, D], all overwritten -> [rows, KV, G, D].
+    divided already), partial [N, KV, G, D], all overwritten -> [rows, KV, G, D], and the logarithms of the rows' sums
+    [rows, KV, G].
     """
-    return _merged_pages(batch, highest, sums, partial, rows)[0]
-
-
-def _merged_pages(batch: PageBatch, highest: Tensor, sums: Tensor, partial: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """The same with the logarithms of the rows' sums, [rows, KV, G]."""
     _, kv_heads, group, dim = partial.shape
     padded = torch.cat([highest, highest.new_full((1, kv_heads, group), -torch.inf)])
     row_highest = torch.cat([padded[batch.table].amax(1), padded.new_zeros(1, kv_heads, group)])

@@ -1,9 +1,10 @@
 """Keys and values in 4 bits: how a page of them lies in bytes, quantize-on-store, and how pages are read again.
 
-A packed page of one layer is uint8 [kv_heads, 2, page_tokens, row_bytes]: the row of a token and head is, group after
-group along head_dim, group / 2 bytes of codes (the lower nibble first), then scale and minimum in fp16, in the basis of
-``kv4_basis``. What is stored of a token depends on its own key, value and position alone, and all attention reads what
-is stored, the token's own included. Knows nothing of sequences or tiers.
+A packed page of one layer is uint8 [kv_heads, 2, area]: the keys, or values, of a head are a row for each token, then
+two more bits of the numbers of the newest tokens (``kv4_near``), that at offset o in place o modulo their number. A row
+is, group after group along head_dim, group / 2 bytes of codes (the lower nibble first), then scale and minimum in fp16,
+in the basis of ``kv4_basis``. What is stored of a token depends on its own key, value and position alone. Knows nothing
+of sequences or tiers.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ from typing import Protocol, cast
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from flexbatch.compression.grids import nearest_codes
 from flexbatch.compression.groups import LEVELS
-from flexbatch.kernels.attention import AttentionBatch, PageBatch, Span, merge_pages
+from flexbatch.kernels.attention import AttentionBatch, PageBatch, Span, merged_pages
+from flexbatch.kernels.cascade import flash
 from flexbatch.kernels.kv4_basis import Basis
+from flexbatch.kernels.kv4_near import Numbers, fine_of, finer, newest, pack_codes, sharpen, unpack_codes
 from flexbatch.kernels.paged import PagedQueries
-from flexbatch.policy.footprint import KV_TILE_BYTES, kv_group, kv_head_bytes
+from flexbatch.policy.footprint import KV_NEAR, KV_TILE_BYTES, kv_group, kv_head_bytes, kv_near_bytes
 
 BACKENDS: dict[str, str] = {"cuda": "flexbatch.kernels.kv4_triton"}
 """Device type -> the module with its kernels, imported when first used (see ``PackedBackend``)."""
@@ -47,8 +49,13 @@ class Meeting:
 class PackedBackend(Protocol):
     """What a module named in ``BACKENDS`` offers."""
 
-    def attend(self, out: Tensor, queries: PagedQueries, layer: Tensor, meeting: Meeting, scale: float) -> None:
-        """Write the attention of ``queries`` to their rows of ``out``, values as they are stored."""
+    def attend(
+        self, out: Tensor, logs: Tensor, queries: PagedQueries, layer: Tensor, meeting: Meeting, scale: float
+    ) -> None:
+        """Write the attention of ``queries`` to their rows of ``out``, values as they are stored; fp32.
+
+        To ``logs`` [T, heads] the logarithms of the sums.
+        """
 
     def store(self, layer: Tensor, pages: Tensor, offsets: Tensor, keys: Tensor, values: Tensor, basis: Basis) -> None:
         """Quantize keys and values [T, kv_heads, D], in their ``basis``, into ``layer`` at their pages and offsets."""
@@ -132,70 +139,122 @@ def _line(even: Tensor, low: Tensor, high: Tensor, odd: Tensor) -> tuple[Tensor,
 def unpack_rows(rows: Tensor, head_dim: int) -> Tensor:
     """Packed rows uint8 [..., row_bytes], contiguous -> fp32 [..., D]: code * scale + minimum, rounded once."""
     table = rows.view(-1, kv_group(head_dim) // 2 + _HEADER)
-    numbers: Tensor = torch.ops.quantized.embedding_bag_4bit_unpack(table)
+    numbers: Tensor
+    if rows.device.type == "cpu":
+        numbers = torch.ops.quantized.embedding_bag_4bit_unpack(table)
+    else:
+        half = table.shape[1] - _HEADER
+        pair = table[:, half:].contiguous().view(torch.float16).float()
+        codes = torch.stack([table[:, :half] & 15, table[:, :half] >> 4], -1).flatten(1)
+        numbers = torch.addcmul(pair[:, 1:], codes.float(), pair[:, :1])
     return numbers.view(*rows.shape[:-1], head_dim)
 
 
-def store_packed(
-    layer: Tensor,
-    pages: Tensor,
-    offsets: Tensor,
-    k: Tensor,
-    v: Tensor,
-    positions: Tensor,
-    basis: Basis,
-    turns: Tensor | None,
-) -> None:
-    """Quantize k, v [T, kv_heads, D] into ``layer`` uint8 [pages, kv_heads, 2, P, row_bytes] at (page, offset).
+def page_tokens_of(layer: Tensor, head_dim: int) -> int:
+    """Tokens of a page of ``layer`` uint8 [pages, kv_heads, 2, area]."""
+    return (layer.shape[3] - KV_NEAR * kv_near_bytes(head_dim)) // kv_head_bytes(head_dim)
 
-    ``pages``, ``offsets`` and ``positions`` int64 [T]; ``turns`` fp32 [L, D]: cosines, then sines of the positions
-    below L, or None without rotary embedding. A page whose first place is written is cleared before: whatever else it
-    held must not reach anybody, not even with the weight 0.
+
+def rows_of(layer: Tensor, head_dim: int) -> Tensor:
+    """The rows of all tokens of ``layer``, uint8 [pages, kv_heads, 2, P, row_bytes]."""
+    row, size = kv_head_bytes(head_dim), page_tokens_of(layer, head_dim)
+    found: Tensor = layer[..., : size * row].unflatten(3, (size, row))
+    return found
+
+
+def _near_of(layer: Tensor, head_dim: int) -> Tensor:
+    """Where the two bits more are: uint8 [pages, kv_heads, 2, KV_NEAR, D / 4]."""
+    found: Tensor = layer[..., page_tokens_of(layer, head_dim) * kv_head_bytes(head_dim) :].unflatten(3, (KV_NEAR, -1))
+    return found
+
+
+def scales_of(rows: Tensor, head_dim: int) -> Tensor:
+    """The scale of every number of packed ``rows`` [..., row_bytes], contiguous: fp32 [..., D]."""
+    group = kv_group(head_dim)
+    table = rows.view(-1, group // 2 + _HEADER)[:, group // 2 : group // 2 + 2].contiguous().view(torch.float16)
+    return table.float().expand(-1, group).reshape(*rows.shape[:-1], head_dim)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tokens:
+    """T tokens: keys and values [T, kv_heads, D], and int64 [T] where they go."""
+
+    k: Tensor
+    v: Tensor
+    pages: Tensor
+    offsets: Tensor
+    positions: Tensor
+
+
+def store_packed(layer: Tensor, tokens: Tokens, basis: Basis, turns: Tensor | None) -> Numbers:
+    """Quantize ``tokens`` into ``layer`` uint8 [pages, kv_heads, 2, area]; what they are then.
+
+    ``turns`` fp32 [L, D]: cosines, then sines of the positions below L, or None without rotary embedding. A sequence's
+    tokens lie behind one another. A page whose first place is written is cleared before: whatever else it held must not
+    reach anybody, not even with the weight 0.
     """
-    keys = basis.stored_keys(k, positions, turns)
-    values = basis.stored_values(v, positions)
-    if k.device.type in BACKENDS:
-        _backend(k.device.type).store(layer, pages, offsets, keys, values, basis)
-        return
-    fresh = pages[offsets == 0]
-    if fresh.numel():
-        layer.index_fill_(0, fresh, 0)
-    layer[pages, :, 0, offsets] = pack_rows(keys, basis.key_feedback)
-    layer[pages, :, 1, offsets] = pack_rows(values, basis.value_feedback)
+    dim, pages, offsets = tokens.k.shape[2], tokens.pages, tokens.offsets
+    keys = basis.stored_keys(tokens.k, tokens.positions, turns)
+    values = basis.stored_values(tokens.v, tokens.positions)
+    rows = rows_of(layer, dim)
+    if keys.device.type in BACKENDS:
+        _backend(keys.device.type).store(layer, pages, offsets, keys, values, basis)
+        packed = rows[pages, :, :, offsets].contiguous()
+    else:
+        fresh = pages[offsets == 0]
+        if fresh.numel():
+            layer.index_fill_(0, fresh, 0)
+        packed = torch.stack([pack_rows(keys, basis.key_feedback), pack_rows(values, basis.value_feedback)], 2)
+        rows[pages, :, :, offsets] = packed
+    exact, coarse, scales = torch.stack([keys, values], 2), unpack_rows(packed, dim), scales_of(packed, dim)
+    codes = finer(exact, coarse, scales)
+    near, last = _near_of(layer, dim), newest(pages, tokens.positions, page_tokens_of(layer, dim))
+    near[pages[last], :, :, offsets[last] % KV_NEAR] = pack_codes(codes[last])
+    return Numbers(exact, coarse, fine_of(codes, coarse, scales))
 
 
 def attend_packed(
-    batch: AttentionBatch, layer: Tensor, q: Tensor, scale: float, basis: Basis, turns: Tensor | None
+    batch: AttentionBatch, layer: Tensor, q: Tensor, tokens: Tokens, scale: float, basis: Basis, turns: Tensor | None
 ) -> Tensor:
-    """Causal attention over packed pages, in which the micro-batch's own keys and values already are.
+    """Store a micro-batch's own keys and values, ``tokens``, and attend causally to all of its sequences'.
 
-    q [T, heads, D]; layer uint8 [pages, kv_heads, 2, P, row_bytes] -> [T, heads, D]. ``turns`` as in ``store_packed``,
-    for whole pages. All keys are read as they are stored, so a token's result does not depend on how its prompt was
-    cut. Scratch memory on a CPU: a few MB of unpacked pages and a row of D for each page and head; for a chunk, one
-    head's keys and values of its context in fp32.
+    q [T, heads, D]; layer uint8 [pages, kv_heads, 2, area] -> [T, heads, D]. ``turns`` as in ``store_packed``, for
+    whole pages. A token's result does not depend on how its prompt was cut: its own key is read as it is, near ones in
+    6 bits, all others in 4. Scratch memory on a CPU: a few MB of unpacked pages and a row of D for each page and head;
+    for a chunk, one head's keys and values of its context in fp32; that of ``sharpen``.
     """
-    if batch.paged:
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        kernels = _backend(q.device.type)
-        meeting = Meeting(basis.meeting(q), None if turns is None else basis.meeting_means(q), turns, basis)
-        for part in batch.paged:
-            kernels.attend(out, part, layer, meeting, scale)
-        return basis.attended(out)
+    near, dim = batch.near, q.shape[2]
+    assert near is not None
+    codes = _near_of(layer, dim)[near.pages, :, :, near.offsets % KV_NEAR]  # before they are written over
+    own = store_packed(layer, tokens, basis, turns)
+    rows = rows_of(layer, dim)[near.pages, :, :, near.offsets].contiguous()
+    coarse = unpack_rows(rows, dim)
+    before = Numbers(coarse, coarse, fine_of(unpack_codes(codes, dim), coarse, scales_of(rows, dim)))
     out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
-    wide = q.float()
-    queries = basis.meeting(wide)
-    if batch.pages is not None:
-        rows = batch.pages.rows
-        means = None if turns is None else basis.meeting_means(wide[rows]) * scale
-        out[rows] = _attend_pages(batch.pages, layer, queries[rows] * scale, means, basis, turns)
-    for span in batch.spans:
-        own = slice(span.row, span.row + span.count)
-        _attend_chunk(out[own], span, layer, queries[own], scale, batch.window, basis, turns)
-    return basis.attended(out).to(q.dtype)
+    logs = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    if batch.paged:
+        queries = basis.meeting(q)
+        kernels = _backend(q.device.type)
+        meeting = Meeting(queries, None if turns is None else basis.meeting_means(q), turns, basis)
+        for part in batch.paged:
+            kernels.attend(out, logs, part, layer, meeting, scale)
+    else:
+        wide = q.float()
+        queries = basis.meeting(wide)
+        if batch.pages is not None:
+            at = batch.pages.rows
+            means = None if turns is None else basis.meeting_means(wide[at]) * scale
+            out[at], logs[at] = _attend_pages(batch.pages, layer, queries[at] * scale, means, basis, turns)
+        for span in batch.spans:
+            chunk = slice(span.row, span.row + span.count)
+            _attend_chunk(out[chunk], logs[chunk], span, layer, queries[chunk], scale, batch.window, basis, turns)
+    sharp = sharpen(out, logs, queries, near, own, before, tokens.positions, scale, basis, turns)
+    return basis.attended(sharp).to(q.dtype)
 
 
 def _attend_chunk(
     out: Tensor,
+    logs: Tensor,
     span: Span,
     layer: Tensor,
     q: Tensor,
@@ -205,23 +264,25 @@ def _attend_chunk(
     turns: Tensor | None,
 ) -> None:
     """A chunk's queries [n, heads, D]; as many heads at a time as a tile holds of its context, at least one."""
-    _, kv_heads, _, size, _ = layer.shape
-    dim, group = q.shape[2], q.shape[1] // kv_heads
+    dim, kv_heads = q.shape[2], layer.shape[1]
+    group, size = q.shape[1] // kv_heads, page_tokens_of(layer, dim)
     stop = span.start + span.count
     page = 0 if window is None else max(0, span.start - window + 1) // size
     first = page * size
     ids = torch.tensor(span.pages[page : -(-stop // size)])
-    mask: Tensor | None = None
+    bias: Tensor | None = None
     if span.start > first or (window is not None and stop - first > window):
         queries_at = torch.arange(span.start, stop).unsqueeze(1)
         keys_at = torch.arange(first, stop)
-        mask = keys_at <= queries_at
+        hidden = keys_at > queries_at
         if window is not None:
-            mask &= keys_at > queries_at - window
+            hidden |= keys_at <= queries_at - window
+        bias = q.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+    all_rows = rows_of(layer, dim)
     step = max(1, _TILE_BYTES // (len(ids) * 2 * size * dim * 4))
     for head in range(0, kv_heads, step):
         heads = slice(head, min(head + step, kv_heads))
-        rows = layer[:, heads].index_select(0, ids).permute(2, 1, 0, 3, 4)  # [2, KV, n, P, row_bytes]
+        rows = all_rows[:, heads].index_select(0, ids).permute(2, 1, 0, 3, 4)  # [2, KV, n, P, row_bytes]
         context = unpack_rows(rows.contiguous(), dim).flatten(2, 3)[:, :, : stop - first]  # [2, KV, L, D]
         if turns is not None:
             context[0] += basis.mean_keys(turns[first:stop], heads)
@@ -229,24 +290,28 @@ def _attend_chunk(
             context[0, :, 0] += basis.first_keys[heads]
             context[1, :, 0] += basis.first_values[heads]
         own = slice(heads.start * group, heads.stop * group)
-        attended = scaled_dot_product_attention(
+        attended, log = flash(
             q[:, own].transpose(0, 1).unsqueeze(0),
             context[0].unsqueeze(0),
             context[1].unsqueeze(0),
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=scale,
-            enable_gqa=group > 1,
+            scale,
+            causal=bias is None,
+            bias=bias,
         )
         out[:, own] = attended[0].transpose(0, 1)
+        logs[:, own] = log[0].transpose(0, 1)
 
 
 def _attend_pages(
     batch: PageBatch, layer: Tensor, q: Tensor, means: Tensor | None, basis: Basis, turns: Tensor | None
-) -> Tensor:
-    """Rows of one token each, q and means [B, heads, D] scaled; pages are unpacked a few at a time."""
+) -> tuple[Tensor, Tensor]:
+    """Rows of one token each, q and means [B, heads, D] scaled; pages are unpacked a few at a time.
+
+    Attention [B, heads, D], and the logarithms of the sums [B, heads].
+    """
     total_rows, heads, dim = q.shape
-    _, kv_heads, _, size, _ = layer.shape
+    rows = rows_of(layer, dim)
+    _, kv_heads, _, size, _ = rows.shape
     group, number = heads // kv_heads, batch.owner.shape[0]
     ids = _page_ids(batch)
     padded = torch.cat([q, q.new_zeros(1, heads, dim)])
@@ -257,7 +322,7 @@ def _attend_pages(
     places = torch.arange(size)
     for start in range(0, number, step):
         part = slice(start, min(start + step, number))
-        pages = unpack_rows(layer.index_select(0, ids[part]), dim)  # [n, KV, 2, P, D]
+        pages = unpack_rows(rows.index_select(0, ids[part]), dim)  # [n, KV, 2, P, D]
         opening = (batch.first[part] == 0).view(-1, 1, 1)
         pages[:, :, 0, 0] += opening * basis.first_keys
         pages[:, :, 1, 0] += opening * basis.first_values
@@ -273,7 +338,8 @@ def _attend_pages(
         weights = scores.sub_(highest[part].unsqueeze(-1)).exp_()
         sums[part] = weights.sum(-1)
         torch.bmm(weights.view(-1, group, size), pages[:, 1], out=partial[part].view(-1, group, dim))
-    return merge_pages(batch, highest, sums, partial, total_rows).view(total_rows, heads, dim)
+    attended, logs = merged_pages(batch, highest, sums, partial, total_rows)
+    return attended.view(total_rows, heads, dim), logs.view(total_rows, heads)
 
 
 def _page_ids(batch: PageBatch) -> Tensor:

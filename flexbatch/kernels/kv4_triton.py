@@ -13,27 +13,34 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
-from flexbatch.kernels.kv4 import Meeting
+from flexbatch.kernels.kv4 import Meeting, page_tokens_of
 from flexbatch.kernels.kv4_basis import Basis
 from flexbatch.kernels.paged import PagedQueries
 from flexbatch.kernels.paged_triton import Tile, merge_partitions, tile_for
-from flexbatch.policy.footprint import kv_group
+from flexbatch.policy.footprint import kv_group, kv_head_bytes
 
 _LOG2_E = 1.4426950408889634
 _STORE_ROWS = 16  # tokens of which one program quantizes a group
 
 
 def attend(
-    out: Tensor, queries: PagedQueries, layer: Tensor, meeting: Meeting, scale: float, tile: Tile | None = None
+    out: Tensor,
+    logs: Tensor,
+    queries: PagedQueries,
+    layer: Tensor,
+    meeting: Meeting,
+    scale: float,
+    tile: Tile | None = None,
 ) -> None:
     """Write the attention of ``queries`` to their rows of ``out`` [T, heads, D]; see ``kv4.attend_packed``.
 
-    layer uint8 [pages, kv_heads, 2, P, row_bytes]; cosines and sines are rounded to the type of the queries.
+    To ``logs`` fp32 [T, heads] the logarithms of the sums. layer uint8 [pages, kv_heads, 2, area]; cosines and sines
+    are rounded to the type of the queries.
     """
     q = meeting.q.contiguous()
     turns = None if meeting.turns is None else meeting.turns.to(q.dtype)
     heads, dim = q.shape[1:]
-    kv_heads, size = layer.shape[1], layer.shape[3]
+    kv_heads, size = layer.shape[1], page_tokens_of(layer, dim)
     assert layer[0].is_contiguous()
     group = heads // kv_heads
     tile = tile or tile_for(longest=queries.longest, group=group, dim=dim, page_tokens=size, dtype=q.dtype)
@@ -47,6 +54,7 @@ def attend(
     third = queries.partitions if split else triton.cdiv(queries.longest, tile.rows // group)
     _attend_kernel[(sequences, kv_heads, third)](
         out,
+        logs,
         partial,
         highest,
         total,
@@ -64,6 +72,7 @@ def attend(
         GROUP=group,
         **packed_constants(dim),
         PAGE=size,
+        AREA=layer.shape[3],
         TURNS=turns is not None,
         WINDOW=queries.window or 0,
         PARTITION=queries.partition,
@@ -75,7 +84,7 @@ def attend(
         enable_fp_fusion=True,
     )
     if split:
-        merge_partitions(out, queries, partial, highest, total)
+        merge_partitions(out, queries, partial, highest, total, logs)
 
 
 def store(layer: Tensor, pages: Tensor, offsets: Tensor, keys: Tensor, values: Tensor, basis: Basis) -> None:
@@ -84,7 +93,7 @@ def store(layer: Tensor, pages: Tensor, offsets: Tensor, keys: Tensor, values: T
     Numbers are those of ``kv4.pack_rows`` but for ties between codes, which rounding decides.
     """
     tokens, kv_heads, dim = keys.shape
-    size, row = layer.shape[3], layer.shape[4]
+    row = kv_head_bytes(dim)
     assert layer[0].is_contiguous()
     half = kv_group(dim) // 2
     groups = dim // kv_group(dim)
@@ -104,8 +113,8 @@ def store(layer: Tensor, pages: Tensor, offsets: Tensor, keys: Tensor, values: T
             GROUPS=groups,
             HALF=half,
             WIDTH=max(16, triton.next_power_of_2(half)),
-            PAGE=size,
             ROW=row,
+            AREA=layer.shape[3],
             PLACE=place,
             ROWS=_STORE_ROWS,
             num_warps=4,
@@ -164,6 +173,7 @@ def _scales_at(
 @triton.jit(do_not_specialize=["record_stride"])  # type: ignore[untyped-decorator]
 def _attend_kernel(
     out: tl.tensor,
+    logs: tl.tensor,
     partial: tl.tensor,
     highest_of: tl.tensor,
     total_of: tl.tensor,
@@ -186,6 +196,7 @@ def _attend_kernel(
     WIDTH: tl.constexpr,
     ROW: tl.constexpr,
     PAGE: tl.constexpr,
+    AREA: tl.constexpr,
     TURNS: tl.constexpr,
     WINDOW: tl.constexpr,
     PARTITION: tl.constexpr,
@@ -236,7 +247,7 @@ def _attend_kernel(
     odd_first_key = tl.load(first_keys + special + 1, mask=inner, other=0.0)
     even_first_value = tl.load(first_values + special, mask=inner, other=0.0)
     odd_first_value = tl.load(first_values + special + 1, mask=inner, other=0.0)
-    pool = layer + kv_head * (2 * PAGE * ROW)
+    pool = layer + kv_head * (2 * AREA)
     highest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     even = tl.zeros([ROWS, WIDTH], tl.float32)
@@ -277,7 +288,7 @@ def _attend_kernel(
         weights = tl.exp2(scores - finite[:, None])
         factor = tl.exp2(highest - finite)
         total = total * factor + tl.sum(weights, 1)
-        rows = rows + PAGE * ROW
+        rows = rows + AREA
         codes = tl.load(rows[:, None] + code[None, :], mask=stored, other=0)
         step = _scales_at(rows, known, HALF, GROUPS, PADDED, WIDTH, KEYS, 0)
         least = _scales_at(rows, known, HALF, GROUPS, PADDED, WIDTH, KEYS, 2)
@@ -300,6 +311,8 @@ def _attend_kernel(
         target = out + (row * HEADS + head)[:, None] * DIM + 2 * pair[None, :]
         tl.store(target, (even / whole).to(out.dtype.element_ty), mask=wanted)
         tl.store(target + 1, (odd / whole).to(out.dtype.element_ty), mask=wanted)
+        sums = (highest + tl.log2(tl.where(total > 0, total, 1.0))) * 0.6931471805599453
+        tl.store(logs + row * HEADS + head, sums, mask=real)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -344,8 +357,8 @@ def _store_kernel(
     GROUPS: tl.constexpr,
     HALF: tl.constexpr,
     WIDTH: tl.constexpr,
-    PAGE: tl.constexpr,
     ROW: tl.constexpr,
+    AREA: tl.constexpr,
     PLACE: tl.constexpr,
     ROWS: tl.constexpr,
 ) -> None:
@@ -402,7 +415,7 @@ def _store_kernel(
 
     page = tl.load(pages + token, mask=real, other=0).to(tl.int64)
     offset = tl.load(offsets + token, mask=real, other=0)
-    row = layer + page * page_stride + ((head * 2 + PLACE) * PAGE + offset) * ROW + group * (HALF + 4)
+    row = layer + page * page_stride + (head * 2 + PLACE) * AREA + offset * ROW + group * (HALF + 4)
     odd = _fed_back(even, odd, inner, scales, minimums, feedback)
     low = _codes(even, scales, minimums).to(tl.uint8)
     high = _codes(odd, scales, minimums).to(tl.uint8)

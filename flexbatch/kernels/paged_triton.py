@@ -98,19 +98,26 @@ def attend(
         merge_partitions(out, queries, partial, highest, total)
 
 
-def merge_partitions(out: Tensor, queries: PagedQueries, partial: Tensor, highest: Tensor, total: Tensor) -> None:
-    """Merge what the partitions of decoding rows gave into their rows of ``out`` [T, heads, D]."""
+def merge_partitions(
+    out: Tensor, queries: PagedQueries, partial: Tensor, highest: Tensor, total: Tensor, logs: Tensor | None = None
+) -> None:
+    """Merge what the partitions of decoding rows gave into their rows of ``out`` [T, heads, D].
+
+    ``logs`` [T, heads]: for the logarithms of the sums.
+    """
     heads, dim = out.shape[1:]
     _merge_kernel[(queries.records.shape[0], heads)](
         out,
         partial,
         highest,
         total,
+        total if logs is None else logs,
         queries.records,
         queries.records.stride(0),
         HEADS=heads,
         DIM=dim,
         WIDTH=_padded(dim),
+        LOGS=logs is not None,
         WINDOW=queries.window or 0,
         PARTITION=queries.partition,
         num_warps=1,
@@ -255,11 +262,13 @@ def _merge_kernel(
     partial: tl.tensor,
     highest_of: tl.tensor,
     total_of: tl.tensor,
+    logs: tl.tensor,
     records: tl.tensor,
     record_stride: tl.tensor,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
+    LOGS: tl.constexpr,
     WINDOW: tl.constexpr,
     PARTITION: tl.constexpr,
 ) -> None:
@@ -287,6 +296,8 @@ def _merge_kernel(
         attended = attended * ours + tl.load(partial + place * DIM + dims, mask=inner, other=0.0) * theirs
         highest = higher
     tl.store(out + (row * HEADS + head) * DIM + dims, (attended / total).to(out.dtype.element_ty), mask=inner)
+    if LOGS:
+        tl.store(logs + row * HEADS + head, (highest + tl.log2(total)) * 0.6931471805599453)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -2,7 +2,7 @@
 
 A page holds ``page_tokens`` tokens of one layer, [kv_heads, 2, page_tokens, head_dim], so that the keys (or values) of
 any run of pages are one batch of matrices with a single stride: a batched product reads them where they are. In 4 bits
-it is uint8 [kv_heads, 2, page_tokens, bytes of a packed head] (see ``kernels.kv4``), on every tier and on its way.
+it is uint8 [kv_heads, 2, bytes of a head's keys or values] (see ``kernels.kv4``), on every tier and on its way.
 Which sequence holds which page is not its concern.
 """
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flexbatch.memory.spill import SpillFile
-from flexbatch.policy.footprint import kv_head_bytes, kv_page_bytes
+from flexbatch.policy.footprint import kv_area_bytes, packed_page_bytes
 
 Allocate = Callable[[int], Tensor]
 
@@ -33,20 +33,18 @@ class PageShape:
     @property
     def nbytes(self) -> int:
         """Bytes of a page of one layer."""
-        return kv_page_bytes(self.page_tokens, self._row_bytes, self.bits)
+        if self.bits == 4:
+            return packed_page_bytes(self.page_tokens, self.kv_heads, self.head_dim)
+        return 2 * self.kv_heads * self.page_tokens * self.head_dim * self.dtype.itemsize
 
     def view(self, raw: Tensor) -> Tensor:
-        """uint8 [n * nbytes] -> [n, kv_heads, 2, page_tokens, head_dim], or packed heads (pages apart)."""
+        """uint8 [n * nbytes] -> [n, kv_heads, 2, page_tokens, head_dim], or packed [n, kv_heads, 2, bytes]."""
         if self.bits == 16:
             return raw.view(self.dtype).view(-1, self.kv_heads, 2, self.page_tokens, self.head_dim)
-        pages = raw.view(-1, self.nbytes)[:, : self.page_tokens * self._row_bytes]
-        packed: Tensor = pages.unflatten(1, (self.kv_heads, 2, self.page_tokens, -1))
+        area = kv_area_bytes(self.page_tokens, self.head_dim)
+        pages = raw.view(-1, self.nbytes)[:, : 2 * self.kv_heads * area]
+        packed: Tensor = pages.unflatten(1, (self.kv_heads, 2, area))
         return packed
-
-    @property
-    def _row_bytes(self) -> int:
-        head = self.head_dim * self.dtype.itemsize if self.bits == 16 else kv_head_bytes(self.head_dim)
-        return 2 * self.kv_heads * head
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,11 +101,12 @@ def start(
     staging: Staging | None,
     attends: torch.device,
     cascade: bool = False,
+    packed: bool = False,
 ) -> MicroBatchState:
     """Build the index tensors of ``batch``; ``windows`` are the different attention windows of the layers.
 
     They are on the CPU until ``to``. ``attends`` is where its attention is computed. ``cascade``: pages that several
-    rows share may be attended to by all of them together.
+    rows share may be attended to by all of them together. ``packed``: they are in 4 bits.
     """
     spans: list[Span] = []
     ids: list[int] = []
@@ -132,7 +133,7 @@ def start(
         positions=where,
         pages=torch.cat(tables),
         offsets=where % page_tokens,
-        attention={window: prepare(spans, page_tokens, window, dtype, attends) for window in windows},
+        attention={window: prepare(spans, page_tokens, window, dtype, attends, packed=packed) for window in windows},
         dtype=dtype,
         hidden_shape=(row, hidden_size),
         hidden_offset=hidden_offset,

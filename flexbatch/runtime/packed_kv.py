@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flexbatch.kernels.attention import AttentionBatch, Span, attend_chunk
-from flexbatch.kernels.kv4 import attend_packed, store_packed
+from flexbatch.kernels.kv4 import Tokens, attend_packed, page_tokens_of
 from flexbatch.kernels.kv4_basis import Basis
 from flexbatch.kernels.kv4_finder import BasisFinder
 from flexbatch.kernels.linear import linear_backward
@@ -100,9 +100,9 @@ class PackedKV:
         """Store keys and values of a micro-batch, and attend to all of its sequences'."""
         q, k, v = qkv
         basis = self.bases(q.device)[layer]
-        turns = self._turns(q.device, state.length + pages.shape[3])
-        store_packed(pages, state.pages, state.offsets, k, v, state.positions_of(q.device), basis, turns)
-        return attend_packed(batch, pages, q, scale, basis, turns)
+        turns = self._turns(q.device, state.length + page_tokens_of(pages, k.shape[2]))
+        tokens = Tokens(k, v, state.pages, state.offsets, state.positions_of(q.device))
+        return attend_packed(batch, pages, q, tokens, scale, basis, turns)
 
     def _turns(self, device: torch.device, length: int) -> Tensor | None:
         if self._shape.rope is None:

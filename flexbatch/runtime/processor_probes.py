@@ -15,7 +15,7 @@ from torch import Tensor
 from flexbatch.compression.groups import PackedLayout
 from flexbatch.kernels.activations import activate
 from flexbatch.kernels.attention import Span, attend, prepare
-from flexbatch.kernels.kv4 import attend_packed, store_packed
+from flexbatch.kernels.kv4 import Tokens, attend_packed, store_packed
 from flexbatch.kernels.kv4_basis import Basis
 from flexbatch.kernels.linear import Weight, linear, pack
 from flexbatch.kernels.norms import rms_norm
@@ -253,18 +253,22 @@ def packed_attention(bench: Bench, dtype: torch.dtype) -> Probe:
             spans = [
                 Span(row, 1, _CONTEXT - 1, range(row * pages_each, (row + 1) * pages_each)) for row in range(sequences)
             ]
-            batch = prepare(spans, _PAGE_TOKENS, None, dtype, device).to(device)
+            batch = prepare(spans, _PAGE_TOKENS, None, dtype, device, packed=True).to(device)
             turns = torch.ones(_CONTEXT + _PAGE_TOKENS, _HEAD_DIM, device=device)
             q = torch.randn(sequences, kv_heads * _GROUP, _HEAD_DIM, device=device).to(dtype)
             k = torch.randn(_CONTEXT, kv_heads, _HEAD_DIM, device=device).to(dtype)
             positions = torch.arange(_CONTEXT, device=device)
             pages, offsets = positions // _PAGE_TOKENS, positions % _PAGE_TOKENS
+            own = torch.arange(sequences, device=device)
+            at = torch.full_like(own, _CONTEXT - 1)
+            k_own = k[:1].expand(sequences, -1, -1)
+            newest = Tokens(k_own, k_own, own * pages_each + at // _PAGE_TOKENS, at % _PAGE_TOKENS, at)
 
         def pack(_: int) -> None:
-            store_packed(layer, pages, offsets, k, k, positions, basis, turns)
+            store_packed(layer, Tokens(k, k, pages, offsets, positions), basis, turns)
 
         def read(_: int) -> None:
-            _drop(attend_packed(batch, layer, q, _HEAD_DIM**-0.5, basis, turns))
+            _drop(attend_packed(batch, layer, q, newest, _HEAD_DIM**-0.5, basis, turns))
 
         numbers = 2 * _CONTEXT * kv_heads * _HEAD_DIM
         watches = bench.watch(), bench.watch()

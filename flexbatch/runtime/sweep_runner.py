@@ -133,6 +133,7 @@ class SweepRunner:
                 staging=self._kv.stage(batch),
                 attends=self._device.torch_device if self._routes.attends_on(batch) == "gpu" else _HOST,
                 cascade=self._plan.kv_bits == 16,
+                packed=self._plan.kv_bits == 4,
             )
             if self._adapters is not None:
                 state.adapters = self._adapters.bind(batch)

@@ -9,13 +9,13 @@ import torch
 
 from flexbatch.compression.groups import dequantize
 from flexbatch.kernels.attention import Span, attend, prepare
-from flexbatch.kernels.kv4 import attend_packed, store_packed, unpack_rows
+from flexbatch.kernels.kv4 import attend_packed, rows_of, unpack_rows
 from flexbatch.kernels.linear import linear, linear_backward
 from flexbatch.kernels.paged import attend_paged, store_paged
-from flexbatch.policy.footprint import kv_head_bytes
+from flexbatch.policy.footprint import kv_area_bytes
 from tests.kernels.packed_cases import distance, random_packed
 from tests.kernels.paged_cases import Case, Shape, assert_near, build, dense, random_shape
-from tests.kernels.test_kv4 import drawn, table
+from tests.kernels.test_kv4 import drawn, fill, on, own_of, table
 
 GPU = torch.device("cuda")
 CPU = torch.device("cpu")
@@ -135,20 +135,15 @@ def test_packed_pages(heads: str, dtype: torch.dtype) -> None:
     basis = drawn(shape.kv_heads, shape.dim, turns)
     pools = []
     for device in (CPU, GPU):
-        pool = torch.zeros(*case.pool.shape[:-1], kv_head_bytes(shape.dim), dtype=torch.uint8, device=device)
-        there = None if turns is None else turns.to(device)
-        for (keys, values), span in zip(case.histories, case.spans, strict=True):
-            positions = torch.arange(len(keys), device=device)
-            pages = torch.tensor(span.pages, device=device).repeat_interleave(64)[: len(keys)]
-            own = (keys.to(device), values.to(device))
-            store_packed(pool, pages, positions % 64, *own, positions, basis.to(device), there)
+        pool = torch.zeros(*case.pool.shape[:3], kv_area_bytes(64, shape.dim), dtype=torch.uint8, device=device)
+        fill(pool, case, basis.to(device), None if turns is None else turns.to(device))
         pools.append(pool)
-    numbers = [unpack_rows(pool.cpu().contiguous(), shape.dim) for pool in pools]
+    numbers = [unpack_rows(rows_of(pool.cpu(), shape.dim).contiguous(), shape.dim) for pool in pools]
     assert float((numbers[0] - numbers[1]).norm() / numbers[0].norm()) < 2e-3
-    expected = attend_packed(
-        prepare(case.spans, 64, None, torch.float32), pools[0], case.q.float(), case.scale, basis, turns
-    )
-    batch = prepare(case.spans, 64, None, dtype, GPU).to(GPU)
+    batch = prepare(case.spans, 64, None, torch.float32, packed=True)
+    same = pools[0].to(GPU)
+    expected = attend_packed(batch, pools[0], case.q.float(), own_of(case), case.scale, basis, turns)
+    batch = prepare(case.spans, 64, None, dtype, GPU, packed=True).to(GPU)
     there = None if turns is None else turns.to(GPU)
-    found = attend_packed(batch, pools[0].to(GPU), case.q.to(GPU), case.scale, basis.to(GPU), there)
+    found = attend_packed(batch, same, case.q.to(GPU), on(own_of(case), GPU), case.scale, basis.to(GPU), there)
     assert float((found.float().cpu() - expected).norm() / expected.norm()) < 2e-3

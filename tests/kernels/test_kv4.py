@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import struct
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
 from flexbatch.kernels import kv4
-from flexbatch.kernels.attention import attend, prepare
-from flexbatch.kernels.kv4 import attend_packed, pack_rows, store_packed, unpack_rows
+from flexbatch.kernels.attention import Span, attend, prepare
+from flexbatch.kernels.kv4 import Tokens, attend_packed, pack_rows, rows_of, store_packed, unpack_rows
 from flexbatch.kernels.kv4_basis import Basis, rotation, turned
 from flexbatch.kernels.kv4_finder import BasisFinder
 from flexbatch.kernels.rotary import RotaryTable, apply_rotary
-from flexbatch.policy.footprint import kv_group, kv_head_bytes
+from flexbatch.policy.footprint import KV_NEAR, kv_area_bytes, kv_group, kv_head_bytes
 from flexbatch.shapes import Rope
-from tests.kernels.paged_cases import Case, Shape, build, dense, random_shape
+from tests.kernels.paged_cases import Case, Shape, build, random_shape
+from tests.packed_oracle import six_bits
 
 CPU = torch.device("cpu")
 DIMS = (8, 20, 48, 64, 80, 128)
@@ -52,7 +54,7 @@ def test_rows_are_what_the_format_says(dim: int) -> None:
 
 def test_capacity() -> None:
     for dim in (64, 80, 96, 128, 256):
-        assert 2 * dim / kv_head_bytes(dim) >= 3.4
+        assert 64 * 2 * dim / kv_area_bytes(64, dim) >= 3.4
 
 
 def test_numbers_beyond_fp16_and_none() -> None:
@@ -93,28 +95,75 @@ def drawn(kv_heads: int, dim: int, turns: Tensor | None) -> Basis:
     return finder.find(turns)
 
 
-def packed(case: Case, basis: Basis, turns: Tensor | None) -> tuple[Tensor, Case]:
-    """The packed pool of a case, and the case with the numbers that are in it."""
+def pool_of(case: Case) -> Tensor:
+    """An empty packed pool for a case: any bytes, NaN among them."""
     pages, heads, _, size, dim = case.pool.shape
-    pool = torch.randint(0, 256, (pages, heads, 2, size, kv_head_bytes(dim)), dtype=torch.uint8)  # NaN among it
-    histories = []
+    return torch.randint(0, 256, (pages, heads, 2, kv_area_bytes(size, dim)), dtype=torch.uint8)
+
+
+def parts_of(case: Case, *cuts: Sequence[int]) -> Iterator[tuple[int, Tokens]]:
+    """Each sequence's tokens, cut into parts at ``cuts``: the sequence's number and a part of it."""
+    size = case.shape.page_tokens
+    for number, ((keys, values), span) in enumerate(zip(case.histories, case.spans, strict=True)):
+        where = torch.tensor(span.pages, device=keys.device).repeat_interleave(size)[: len(keys)]
+        positions = torch.arange(len(keys), device=keys.device)
+        borders = [*(each[number] for each in cuts)]
+        for start, stop in itertools.pairwise(borders):
+            part = slice(start, stop)
+            at = positions[part]
+            yield number, Tokens(keys[part], values[part], where[part], at % size, at)
+
+
+def fill(pool: Tensor, case: Case, basis: Basis, turns: Tensor | None) -> None:
+    """Store what came before each sequence's queries, in two parts."""
+    starts = [span.start for span in case.spans]
+    middles = [random.Random(start).randint(0, start) for start in starts]
+    for _, tokens in parts_of(case, [0] * len(starts), middles, starts):
+        store_packed(pool, on(tokens, pool.device), basis, turns)
+
+
+def on(tokens: Tokens, device: torch.device) -> Tokens:
+    """The same on ``device``."""
+    return Tokens(*(getattr(tokens, name).to(device) for name in Tokens.__slots__))
+
+
+def own_of(case: Case) -> Tokens:
+    """The tokens of the queries, in the order of their rows."""
+    stops = [span.start + span.count for span in case.spans]
+    parts = [tokens for _, tokens in parts_of(case, [span.start for span in case.spans], stops)]
+    return Tokens(*(torch.cat([getattr(part, name) for part in parts]) for name in Tokens.__slots__))
+
+
+def expected_of(case: Case, pool: Tensor, basis: Basis, turns: Tensor | None) -> Tensor:
+    """Attention of all queries in float64: far tokens as ``pool`` has them, near ones in 6 bits, their own exactly."""
+    shape, rows = case.shape, []
+    stored = rows_of(pool, shape.dim)
     for (keys, values), span in zip(case.histories, case.spans, strict=True):
-        where = torch.tensor(span.pages).repeat_interleave(size)[: len(keys)]
         positions = torch.arange(len(keys))
-        offsets = positions % size
-        cut = random.Random(len(keys)).randint(0, len(keys))
-        for part in (slice(0, cut), slice(cut, None)):
-            at = (where[part], offsets[part])
-            store_packed(pool, *at, keys[part], values[part], positions[part], basis, turns)
         first = (positions == 0).view(-1, 1, 1)
-        read = unpack_rows(pool[where, :, :, offsets].contiguous(), dim)  # [L, KV, 2, D]
-        found = []
-        for place, special, forth in ((0, basis.first_keys, basis.keys), (1, basis.first_values, basis.values)):
-            stored = (read[:, :, place] + first * special).double().unsqueeze(2)
-            found.append((stored @ torch.linalg.inv(forth.double())).squeeze(2))
-        found[0] += turned(basis.means, None if turns is None else turns[positions]).double()
-        histories.append((found[0], found[1] + basis.value_means))
-    return pool, replace(case, histories=tuple(histories))
+        where = torch.tensor(span.pages).repeat_interleave(shape.page_tokens)[: len(keys)]
+        there = stored[where, :, :, positions % shape.page_tokens]
+        read = []
+        for place, exact, special, forth in (
+            (0, basis.stored_keys(keys, positions, turns), basis.first_keys, basis.keys),
+            (1, basis.stored_values(values, positions), basis.first_values, basis.values),
+        ):
+            back = torch.linalg.inv(forth.double())
+            ways = (*six_bits(exact, there[:, :, place].contiguous()), exact)
+            read.append([torch.einsum("lkd,kde->lke", (way + first * special).double(), back) for way in ways])
+        means = turned(basis.means, None if turns is None else turns[positions]).double()
+        for query in range(span.count):
+            at, own = span.start + query, case.q[span.row + query].double()
+            far = torch.full((at + 1,), 0)
+            far[max(0, at - min(KV_NEAR, shape.page_tokens)) :] = 1
+            far[at] = 2
+            k = torch.stack([way[: at + 1] for way in read[0]])[far, torch.arange(at + 1)] + means[: at + 1]
+            v = torch.stack([way[: at + 1] for way in read[1]])[far, torch.arange(at + 1)] + basis.value_means
+            low = 0 if shape.window is None else max(0, at + 1 - shape.window)
+            k, v = (x[low:].repeat_interleave(shape.group, 1) for x in (k, v))
+            weights = (torch.einsum("hd,lhd->hl", own, k) * case.scale).softmax(-1)
+            rows.append((span.row + query, torch.einsum("hl,lhd->hd", weights, v)))
+    return torch.stack([row for _, row in sorted(rows, key=lambda pair: pair[0])])
 
 
 @pytest.mark.parametrize("seed", range(16))
@@ -126,20 +175,42 @@ def test_attention_equals_dense_products_over_what_is_stored(seed: int, monkeypa
     case = build(rng, shape, torch.float32, CPU)
     turns = table(rng, shape.dim)
     basis = drawn(shape.kv_heads, shape.dim, turns)
-    pool, stored = packed(case, basis, turns)
-    batch = prepare(case.spans, shape.page_tokens, shape.window, torch.float32)
-    found = attend_packed(batch, pool, case.q, case.scale, basis, turns)
-    expected = dense(stored)
+    pool = pool_of(case)
+    fill(pool, case, basis, turns)
+    batch = prepare(case.spans, shape.page_tokens, shape.window, torch.float32, packed=True)
+    found = attend_packed(batch, pool, case.q, own_of(case), case.scale, basis, turns)
+    expected = expected_of(case, pool, basis, turns)
     assert float((found - expected).norm() / expected.norm()) < 1e-4
     torch.testing.assert_close(found.double(), expected, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize(("size", "window"), [(16, None), (4, None), (48, 3), (16, 30)])
+def test_how_a_prompt_is_cut_changes_nothing(size: int, window: int | None) -> None:
+    case = build(random.Random(3), Shape(2, 3, 64, size, window, ((0, 70),)), torch.float32, CPU)
+    (keys, values), (span,) = case.histories[0], case.spans
+    torch.manual_seed(0)
+    basis, positions = drawn(2, 64, None), torch.arange(70)
+    where = torch.tensor(span.pages).repeat_interleave(size)[:70]
+    found = []
+    for cuts in ([0, 70], [0, 1, 2, 3, 10, 16, 17, 33, 60, 70], list(range(71))):
+        pool, parts = pool_of(case), []
+        for start, stop in itertools.pairwise(cuts):
+            part = slice(start, stop)
+            tokens = Tokens(keys[part], values[part], where[part], positions[part] % size, positions[part])
+            batch = prepare([Span(0, stop - start, start, span.pages)], size, window, torch.float32, packed=True)
+            parts.append(attend_packed(batch, pool, case.q[part], tokens, case.scale, basis, None))
+        found.append(torch.cat(parts))
+    for other in found[1:]:
+        assert float((other - found[0]).norm() / found[0].norm()) < 1e-5
 
 
 def test_attention_is_near_that_over_full_pages() -> None:
     shape = Shape(2, 3, 64, 16, None, ((200, 1), (0, 40), (90, 1), (30, 20)))
     case = build(random.Random(3), shape, torch.float32, CPU)
-    batch = prepare(case.spans, 16, None, torch.float32)
-    basis = Basis.plain(2, 64)
-    found = attend_packed(batch, packed(case, basis, None)[0], case.q, case.scale, basis, None)
+    batch = prepare(case.spans, 16, None, torch.float32, packed=True)
+    basis, pool = Basis.plain(2, 64), pool_of(case)
+    fill(pool, case, basis, None)
+    found = attend_packed(batch, pool, case.q, own_of(case), case.scale, basis, None)
     expected = attend(batch, case.pool.nan_to_num(), case.q, case.k, case.v, case.scale)
     assert float((found - expected).norm() / expected.norm()) < 0.12
 

@@ -65,9 +65,10 @@ def test_attention_compiles_and_fits(
 def test_merge_and_store_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     types = {"out": "*bf16", "records": "*i32", "record_stride": "i32"}
-    types |= dict.fromkeys(("partial", "highest_of", "total_of"), "*fp32")
-    constants = {"HEADS": 32, "DIM": 80, "WIDTH": 128, "WINDOW": 100, "PARTITION": 512}
-    assert compiled(paged_triton._merge_kernel, types, constants, num_warps=1).asm["cubin"]
+    types |= dict.fromkeys(("partial", "highest_of", "total_of", "logs"), "*fp32")
+    for logs in (False, True):
+        constants = {"HEADS": 32, "DIM": 80, "WIDTH": 128, "LOGS": logs, "WINDOW": 100, "PARTITION": 512}
+        assert compiled(paged_triton._merge_kernel, types, constants, num_warps=1).asm["cubin"]
     types = dict.fromkeys(("layer", "k", "v"), "*fp16") | {"pages": "*i64", "offsets": "*i64"}
     types |= dict.fromkeys(("page_stride", "k_token", "k_head", "v_token", "v_head"), "i32")
     constants = {"KV_HEADS": 8, "DIM": 128, "PAGE": 64, "BLOCK": 1024}
