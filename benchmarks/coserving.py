@@ -35,6 +35,7 @@ from flexbatch.options import EngineOptions
 from flexbatch.policy.workload import Workload
 from flexbatch.requests import Request, TokenizedRequest
 from flexbatch.runtime.engine import Engine
+from flexbatch.runtime.threads import keep_to_one_core
 from flexbatch.sampling import SamplingParams
 from flexbatch.units import parse_shares, parse_size
 
@@ -147,6 +148,7 @@ def together(
 
 
 def _endless(trainer: CoServingTrainer, rows: list[Row]) -> None:
+    keep_to_one_core()  # as a job's thread does
     try:
         while True:
             trainer.accumulate(rows, 1.0)

@@ -16,6 +16,7 @@ from flexbatch.finetune.parameters import Parameters
 from flexbatch.finetune.training import Observer
 from flexbatch.models.registry import family_of
 from flexbatch.models.spec import model_size
+from flexbatch.runtime.threads import keep_to_one_core
 from flexbatch.scheduler.training import Order
 
 
@@ -100,6 +101,7 @@ class Companion:
 
     def _run(self) -> None:
         try:
+            keep_to_one_core()
             self.job.run(self._made, self._ready, self._observe, keep_on=(EndedError,))
         except BaseException as error:  # noqa: BLE001  raised again by ``finish``
             self._error = error

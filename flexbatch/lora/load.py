@@ -1,9 +1,4 @@
-"""Reads the factors of an adapter from its file to where they are to lie, widened on the way. Knows no layout.
-
-What it does to numbers it does in pieces that torch keeps in the calling thread. A second thread with a team of its own
-for parallel pieces would do more harm than its turns cost: with more threads than processors, OpenMP no longer waits
-actively between the products of the first one, and every small product of a run then begins with a system call.
-"""
+"""Reads the factors of an adapter from its file to where they are to lie, widened on the way. Knows no layout."""
 
 from __future__ import annotations
 
@@ -23,7 +18,6 @@ Place = Callable[[AdapterPart], tuple[Tensor, Tensor]]
 _NUMPY: dict[str, type[np.generic]] = {"F16": np.float16, "F32": np.float32}
 """Types of files that numpy widens: in one call a factor, which matters beside a thread that issues small products, for
 every call of torch gives the interpreter away and waits to get it back."""
-_SERIAL = 32767  # numbers that torch goes through in the calling thread
 
 
 class FactorReader:
@@ -53,7 +47,7 @@ class FactorReader:
                     np.copyto(target.numpy(), numbers.T if turned else numbers)
                 else:
                     source = self._view(factor, begin)
-                    _copy(target, source.t() if turned else source)
+                    target.copy_(source.t() if turned else source)
 
     def _fill(self, adapter: Adapter, begin: int, end: int) -> None:
         target = self._buffer.numpy().data
@@ -92,15 +86,4 @@ def is_finite(numbers: Tensor) -> bool:
     if numbers.dtype == torch.float32:  # one call of numpy, which has no threads, instead of hundreds
         with np.errstate(all="ignore"):
             return bool(np.isfinite(np.add.reduce(numbers.numpy())))
-    return all(bool(piece.float().sum().isfinite()) for piece in numbers.split(_SERIAL))
-
-
-def _copy(target: Tensor, source: Tensor) -> None:
-    if target.numel() <= _SERIAL:
-        target.copy_(source)
-        return
-    width = min(target.shape[1], _SERIAL)
-    height = _SERIAL // width
-    for rows, wanted in zip(target.split(height), source.split(height), strict=True):
-        for place, piece in zip(rows.split(width, 1), wanted.split(width, 1), strict=True):
-            place.copy_(piece)
+    return bool(numbers.float().sum().isfinite())

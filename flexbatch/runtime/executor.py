@@ -16,6 +16,7 @@ import torch
 
 from flexbatch.errors import InternalError
 from flexbatch.runtime.device import Completion, Device
+from flexbatch.runtime.threads import keep_to_one_core
 from flexbatch.runtime.trace import Trace
 from flexbatch.scheduler.steps import Resource, Step
 
@@ -181,6 +182,7 @@ class Executor:
 
     def _work(self, lane: _Lane) -> None:
         try:
+            keep_to_one_core()
             with self._device.lane(lane.resource), torch.inference_mode():
                 while (ticket := lane.tickets.get()) is not None:
                     self._carry_out(ticket, lane.bell)

@@ -1,4 +1,4 @@
-"""Factors on their way from a file to memory: of any shape and type, in pieces, and checked."""
+"""Factors are checked on their way from a file to memory."""
 
 from __future__ import annotations
 
@@ -7,25 +7,16 @@ import random
 import pytest
 import torch
 
-from flexbatch.lora.load import _SERIAL, _copy, is_finite
+from flexbatch.lora.load import is_finite
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("shape", [(1, 1), (64, 576), (_SERIAL, 1), (3, _SERIAL), (2, _SERIAL + 1), (3, 100_000)])
-def test_every_number_arrives(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    source = torch.randn(shape).to(dtype)
-    for given in (source, source.t().contiguous().t()):
-        target = torch.full(shape, torch.nan)
-        _copy(target, given)
-        assert torch.equal(target, source.float())
-
-
-def test_one_bad_number_is_found_anywhere() -> None:
+def test_one_bad_number_is_found_anywhere(dtype: torch.dtype) -> None:
     rng = random.Random(0)
-    numbers = torch.randn(5 * _SERIAL + 7)
+    numbers = torch.randn(100_000).to(dtype)
     assert is_finite(numbers)
     assert is_finite(numbers[:0])
-    for place in (0, _SERIAL - 1, _SERIAL, len(numbers) - 1, rng.randrange(len(numbers))):
+    for place in (0, 1, len(numbers) - 1, rng.randrange(len(numbers))):
         for bad in (torch.nan, torch.inf, -torch.inf):
             wrong = numbers.clone()
             wrong[place] = bad
