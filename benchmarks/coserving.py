@@ -179,13 +179,25 @@ def measure(options: argparse.Namespace) -> None:
     for share in map(float, options.shares.split(",")):
         results.append({"what": "together", **together(options, folder, batches, share, options.order)})
         print(json.dumps(results[-1]), file=sys.stderr, flush=True)
+    report = report_of(options, folder, batches, results)
+    print(json.dumps(report, indent=1))
+    if options.output is not None:
+        options.output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def report_of(
+    options: argparse.Namespace, folder: ModelFolder, batches: int, results: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """What was measured, with what it is of each alone, and of what the time that products wait allows."""
     train, infer = results[0]["training_tok_s"], results[1]["inference_tok_s"]
+    moved, idle = results[1]["moved_per_sweep"], 1 - results[1]["busy_share"]
     for each in results[2:]:
         each["of_inference_alone"] = each["inference_tok_s"] / infer
         each["of_training_alone"] = each["training_tok_s"] / train
         each["one_after_the_other"] = train * max(0.0, 1 - each["inference_tok_s"] / infer)
-        each["moved_more"] = each["moved_per_sweep"] / results[1]["moved_per_sweep"] - 1
-    report = {
+        each["of_idle_bound"] = each["training_tok_s"] / (train * idle)
+        each["moved_more"] = each["moved_per_sweep"] / moved - 1 if moved else 0.0
+    return {
         "what": "tokens per second of inference and of finetuning, alone and in one process",
         "setting": options.setting,
         "model": folder.config | {"layers": folder.shape.num_layers},
@@ -194,12 +206,9 @@ def measure(options: argparse.Namespace) -> None:
         "sequences": options.sequences,
         "disk_read": options.disk_read if options.setting == "streamed" else None,
         "threads": torch.get_num_threads(),
-        "idle_share_of_inference": 1 - results[1]["busy_share"],
+        "idle_share_of_inference": idle,
         "results": results,
     }
-    print(json.dumps(report, indent=1))
-    if options.output is not None:
-        options.output.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def draw(options: argparse.Namespace) -> None:
