@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -15,16 +17,13 @@ from flexbatch.lora.adapter import Adapter, AdapterPart, Factor, UnreadableAdapt
 
 Place = Callable[[AdapterPart], tuple[Tensor, Tensor]]
 
-_NUMPY: dict[str, type[np.generic]] = {"F16": np.float16, "F32": np.float32}
-"""Types of files that numpy widens: in one call a factor, which matters beside a thread that issues small products, for
-every call of torch gives the interpreter away and waits to get it back."""
-
 
 class FactorReader:
-    """Reads one adapter after the other through one buffer as large as the largest file's factors."""
+    """Reads one adapter after the other through buffers for the largest file's factors: as they are, and in fp32."""
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._wide = torch.empty(0, dtype=torch.float32)
         self.bytes_read = 0
 
     def read(self, adapter: Adapter, place: Place) -> None:
@@ -39,15 +38,32 @@ class FactorReader:
         if self._buffer.numel() < end - begin:
             self._buffer = torch.empty(end - begin, dtype=torch.uint8)
         self._fill(adapter, begin, end)
+        whole = self._widened(factors, begin, end)
         for part in adapter.parts:
             a, b = place(part)
             for target, factor, turned in ((a, part.a, False), (b, part.b, True)):
-                if target.dtype == torch.float32 and factor.dtype in _NUMPY:
-                    numbers = self._numbers(factor, begin)
+                if target.dtype == torch.float32 and whole is not None:
+                    first = (factor.offset - begin) // DTYPES[factor.dtype].itemsize
+                    numbers = whole[first : first + math.prod(factor.shape)].reshape(factor.shape)
                     np.copyto(target.numpy(), numbers.T if turned else numbers)
                 else:
                     source = self._view(factor, begin)
                     target.copy_(source.t() if turned else source)
+
+    @staticmethod
+    def announce(adapter: Adapter) -> None:
+        """Let the system begin to read a file that ``read`` is for soon; whatever is wrong with it is said then.
+
+        Left to itself, a disk that is asked for one piece of one file at a time gives a fraction of its rate.
+        """
+        if not hasattr(os, "posix_fadvise"):
+            return
+        with contextlib.suppress(OSError):
+            descriptor = os.open(adapter.file, os.O_RDONLY)
+            try:
+                os.posix_fadvise(descriptor, 0, adapter.size, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(descriptor)
 
     def _fill(self, adapter: Adapter, begin: int, end: int) -> None:
         target = self._buffer.numpy().data
@@ -69,9 +85,22 @@ class FactorReader:
             raise UnreadableAdapterError(f"adapter {adapter.file}: cannot be read: {reason}") from error
         self.bytes_read += done
 
-    def _numbers(self, factor: Factor, begin: int) -> NDArray[np.generic]:
-        raw = self._buffer.numpy()[factor.offset - begin : factor.offset - begin + factor.nbytes]
-        return raw.view(_NUMPY[factor.dtype]).reshape(factor.shape)
+    def _widened(self, factors: Sequence[Factor], begin: int, end: int) -> NDArray[np.float32] | None:
+        """What was read, in fp32 and at once; None where it is of several types, or not at whole numbers.
+
+        One call for all of it, and then numpy's for each factor: beside a thread that issues small products every call
+        of torch gives the interpreter away and waits to get it back.
+        """
+        kinds = {factor.dtype for factor in factors}
+        dtype = DTYPES[kinds.pop()]
+        if kinds or any((factor.offset - begin) % dtype.itemsize for factor in factors):
+            return None
+        numbers = self._buffer[: (end - begin) // dtype.itemsize * dtype.itemsize].view(dtype)
+        if dtype == torch.float32:
+            return numbers.numpy()
+        if self._wide.numel() < numbers.numel():
+            self._wide = torch.empty(numbers.numel(), dtype=torch.float32)
+        return self._wide[: numbers.numel()].copy_(numbers).numpy()
 
     def _view(self, factor: Factor, begin: int) -> Tensor:
         raw = self._buffer[factor.offset - begin : factor.offset - begin + factor.nbytes]

@@ -26,6 +26,7 @@ from flexbatch.scheduler.steps import Step
 from flexbatch.scheduler.sweep import MicroBatch
 
 _ALIGNMENT = 64
+_AHEAD = 4  # files of adapters that the disk is asked for while one is read
 
 
 class BoundAdapters(Protocol):
@@ -263,7 +264,12 @@ class _Files:
             self._batches.append(batch)
 
     def read(self, place: _PlaceOf, region: _RegionOf) -> None:
-        for name, start in self._batches.popleft():
+        batch = self._batches.popleft()
+        for name, _ in batch[:_AHEAD]:
+            self._reader.announce(self._adapters[name])
+        for number, (name, start) in enumerate(batch):
+            for later, _ in batch[number + _AHEAD : number + _AHEAD + 1]:
+                self._reader.announce(self._adapters[later])
             try:
                 self._reader.read(self._adapters[name], place(name, start))
                 if not is_finite(region(name, start)):
