@@ -107,8 +107,8 @@ def prepare(
 ) -> AttentionBatch:
     """Build the index tensors for ``spans``; ``window``: how many recent positions, its own included, a token sees.
 
-    ``packed``: for pages in 4 bits.
-    They are of the form that ``device`` wants, but still on the CPU: ``to`` takes them there, once a micro-batch.
+    ``packed``: for pages in 4 bits. The tensors are of the form that ``device`` wants, but still on the CPU: ``to``
+    takes them there, once a micro-batch.
     """
     contexts: tuple[SharedContext, ...] = ()
     near = near_index(spans, page_tokens, window) if packed else None

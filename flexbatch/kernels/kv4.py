@@ -22,7 +22,7 @@ from flexbatch.compression.groups import LEVELS
 from flexbatch.kernels.attention import AttentionBatch, PageBatch, Span, merged_pages
 from flexbatch.kernels.cascade import flash
 from flexbatch.kernels.kv4_basis import Basis
-from flexbatch.kernels.kv4_near import Numbers, fine_of, finer, newest, pack_codes, sharpen, unpack_codes
+from flexbatch.kernels.kv4_near import Numbers, fine_of, finer, pack_codes, sharpen, unpack_codes
 from flexbatch.kernels.paged import PagedQueries
 from flexbatch.policy.footprint import KV_NEAR, KV_TILE_BYTES, kv_group, kv_head_bytes, kv_near_bytes
 
@@ -186,11 +186,11 @@ class Tokens:
     positions: Tensor
 
 
-def store_packed(layer: Tensor, tokens: Tokens, basis: Basis, turns: Tensor | None) -> Numbers:
+def store_packed(layer: Tensor, tokens: Tokens, newest: Tensor, basis: Basis, turns: Tensor | None) -> Numbers:
     """Quantize ``tokens`` into ``layer`` uint8 [pages, kv_heads, 2, area]; what they are then.
 
-    ``turns`` fp32 [L, D]: cosines, then sines of the positions below L, or None without rotary embedding. A sequence's
-    tokens lie behind one another. A page whose first place is written is cleared before: whatever else it held must not
+    ``newest`` as in ``NearIndex``. ``turns`` fp32 [L, D]: cosines, then sines of the positions below L, or None without
+    rotary embedding. A page whose first place is written is cleared before: whatever else it held must not
     reach anybody, not even with the weight 0.
     """
     dim, pages, offsets = tokens.k.shape[2], tokens.pages, tokens.offsets
@@ -208,8 +208,7 @@ def store_packed(layer: Tensor, tokens: Tokens, basis: Basis, turns: Tensor | No
         rows[pages, :, :, offsets] = packed
     exact, coarse, scales = torch.stack([keys, values], 2), unpack_rows(packed, dim), scales_of(packed, dim)
     codes = finer(exact, coarse, scales)
-    near, last = _near_of(layer, dim), newest(pages, tokens.positions, page_tokens_of(layer, dim))
-    near[pages[last], :, :, offsets[last] % KV_NEAR] = pack_codes(codes[last])
+    _near_of(layer, dim)[pages[newest], :, :, offsets[newest] % KV_NEAR] = pack_codes(codes[newest])
     return Numbers(exact, coarse, fine_of(codes, coarse, scales))
 
 
@@ -226,7 +225,7 @@ def attend_packed(
     near, dim = batch.near, q.shape[2]
     assert near is not None
     codes = _near_of(layer, dim)[near.pages, :, :, near.offsets % KV_NEAR]  # before they are written over
-    own = store_packed(layer, tokens, basis, turns)
+    own = store_packed(layer, tokens, near.newest, basis, turns)
     rows = rows_of(layer, dim)[near.pages, :, :, near.offsets].contiguous()
     coarse = unpack_rows(rows, dim)
     before = Numbers(coarse, coarse, fine_of(unpack_codes(codes, dim), coarse, scales_of(rows, dim)))

@@ -43,7 +43,8 @@ class NearIndex:
 
     ``pages``, ``offsets`` and ``positions`` int64 [B]: the tokens before each sequence's first query. ``places`` int64
     [T, n]: the tokens before each query, the nearest first, by their row, or T and more for those B. ``seen`` bool
-    [T, n]: whether there is one, in the window.
+    [T, n]: whether there is one, in the window. ``newest`` int64 [K]: the rows of tokens that their page keeps more of
+    than 4 bits, once all T are stored.
     """
 
     pages: Tensor
@@ -51,6 +52,7 @@ class NearIndex:
     positions: Tensor
     places: Tensor
     seen: Tensor
+    newest: Tensor
 
     def to(self, device: torch.device) -> NearIndex:
         """The same on ``device``."""
@@ -61,6 +63,7 @@ class NearIndex:
             positions=self.positions.to(device, non_blocking=True),
             places=self.places.to(device, non_blocking=True),
             seen=self.seen.to(device, non_blocking=True),
+            newest=self.newest.to(device, non_blocking=True),
         )
 
 
@@ -78,7 +81,7 @@ def near_index(spans: Sequence[_Queries], page_tokens: int, window: int | None) 
     reach = min(KV_NEAR, page_tokens)
     back = torch.arange(1, reach + 1)
     total = sum(span.count for span in spans)
-    before, pages, places, positions = [], [], [], []
+    before, pages, places, positions, kept = [], [], [], [], []
     for number, span in enumerate(spans):
         # Where there is none, the sequence's own first query stands in, which is there.
         each = [span.start - step if step <= span.start else span.start for step in range(1, reach + 1)]
@@ -87,14 +90,19 @@ def near_index(spans: Sequence[_Queries], page_tokens: int, window: int | None) 
         inner = torch.arange(span.count).unsqueeze(1) - back  # [count, n]
         outside = total + number * reach - inner - 1
         places.append(torch.where(inner >= 0, inner + span.row, outside))
-        positions.append(torch.arange(span.start, span.start + span.count))
+        own, stop = torch.arange(span.start, span.start + span.count), span.start + span.count
+        positions.append(own)
+        ends = ((own // page_tokens + 1) * page_tokens).clamp_(max=stop)  # of what is stored in each token's page
+        kept.append((own + reach >= ends).nonzero().squeeze(1) + span.row)
     order = torch.argsort(torch.cat([torch.arange(span.row, span.row + span.count) for span in spans]))
     at = torch.cat(positions)[order].unsqueeze(1)
     where = torch.tensor(before)
     seen = at >= back
     if window is not None:
         seen &= back < window
-    return NearIndex(torch.tensor(pages), where % page_tokens, where, torch.cat(places)[order], seen)
+    return NearIndex(
+        torch.tensor(pages), where % page_tokens, where, torch.cat(places)[order], seen, torch.cat(kept).sort().values
+    )
 
 
 def finer(exact: Tensor, coarse: Tensor, scales: Tensor) -> Tensor:
@@ -123,19 +131,6 @@ def unpack_codes(packed: Tensor, dim: int) -> Tensor:
     """What ``pack_codes`` packed, [..., D]."""
     shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=packed.device)
     return ((packed.unsqueeze(-1) >> shifts) & 3).flatten(-2)[..., :dim]
-
-
-def newest(pages: Tensor, positions: Tensor, page_tokens: int) -> Tensor:
-    """The rows, int64 [K], of T tokens stored at once that none of the next in their page takes the place of.
-
-    ``pages`` and ``positions`` int64 [T]; a sequence's tokens lie behind one another.
-    """
-    reach = min(KV_NEAR, page_tokens)
-    last = torch.ones_like(pages, dtype=torch.bool)
-    if len(pages) > reach:
-        taken = (pages[reach:] == pages[:-reach]) & (positions[reach:] == positions[:-reach] + reach)
-        last[:-reach] = ~taken
-    return last.nonzero().squeeze(1)
 
 
 def sharpen(

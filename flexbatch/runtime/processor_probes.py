@@ -22,6 +22,7 @@ from flexbatch.kernels.norms import rms_norm
 from flexbatch.kernels.paged import has_kernels, key_rows, store_paged
 from flexbatch.kernels.rotary import apply_rotary
 from flexbatch.memory.kv import PageShape
+from flexbatch.policy.footprint import KV_NEAR
 from flexbatch.runtime.device import Device
 from flexbatch.runtime.executor import Executor
 from flexbatch.runtime.probes import Probe, Sampler, Stopwatch
@@ -265,7 +266,7 @@ def packed_attention(bench: Bench, dtype: torch.dtype) -> Probe:
             newest = Tokens(k_own, k_own, own * pages_each + at // _PAGE_TOKENS, at % _PAGE_TOKENS, at)
 
         def pack(_: int) -> None:
-            store_packed(layer, Tokens(k, k, pages, offsets, positions), basis, turns)
+            store_packed(layer, Tokens(k, k, pages, offsets, positions), positions[-KV_NEAR:], basis, turns)
 
         def read(_: int) -> None:
             _drop(attend_packed(batch, layer, q, newest, _HEAD_DIM**-0.5, basis, turns))

@@ -16,6 +16,7 @@ from flexbatch.kernels.attention import Span, attend, prepare
 from flexbatch.kernels.kv4 import Tokens, attend_packed, pack_rows, rows_of, store_packed, unpack_rows
 from flexbatch.kernels.kv4_basis import Basis, rotation, turned
 from flexbatch.kernels.kv4_finder import BasisFinder
+from flexbatch.kernels.kv4_near import near_index
 from flexbatch.kernels.rotary import RotaryTable, apply_rotary
 from flexbatch.policy.footprint import KV_NEAR, kv_area_bytes, kv_group, kv_head_bytes
 from flexbatch.shapes import Rope
@@ -119,7 +120,11 @@ def fill(pool: Tensor, case: Case, basis: Basis, turns: Tensor | None) -> None:
     starts = [span.start for span in case.spans]
     middles = [random.Random(start).randint(0, start) for start in starts]
     for _, tokens in parts_of(case, [0] * len(starts), middles, starts):
-        store_packed(pool, on(tokens, pool.device), basis, turns)
+        count = len(tokens.positions)
+        if count:
+            span = Span(0, count, int(tokens.positions[0]), list(range(int(tokens.positions[-1]) + 1)))
+            newest = near_index([span], case.shape.page_tokens, None).newest.to(pool.device)
+            store_packed(pool, on(tokens, pool.device), newest, basis, turns)
 
 
 def on(tokens: Tokens, device: torch.device) -> Tokens:
