@@ -21,6 +21,7 @@ from flexbatch.lora.config import AdapterConfig
 from flexbatch.lora.load import FactorReader
 from flexbatch.lora.modules import ALL_LINEAR, Module, is_target, modules_of
 from flexbatch.lora.reader import AdapterReader
+from flexbatch.lora.runs import Spot, runs_of
 from flexbatch.models.registry import family_of
 from flexbatch.shapes import ModelShape
 
@@ -100,11 +101,16 @@ class Parameters:
         adapter = AdapterReader(family_of(shape).table(shape), shape.family).open(folder.name, folder)
         made = cls([Trained(part.module, part.rank, part.scale) for part in adapter.parts])
 
-        def place(part: AdapterPart) -> tuple[Tensor, Tensor]:
-            a, b = names_of(part.module)
-            return made.parameter(a), made.parameter(b).t()
+        numbers = {part.module.name: number for number, part in enumerate(adapter.parts)}
+        targets: list[Tensor] = []
+        for part in adapter.parts:
+            a, b = (made.parameter(name) for name in names_of(part.module))
+            targets += [a, b.t()]
 
-        FactorReader().read(adapter, place)
+        def spots(part: AdapterPart) -> tuple[Spot, Spot]:  # every tensor is a stretch of memory of its own
+            return (2 * numbers[part.module.name], 0), (2 * numbers[part.module.name] + 1, 0)
+
+        FactorReader().read(adapter, runs_of(adapter.parts, spots), lambda run: targets[run.stretch][None])
         return made
 
     def shapes(self) -> dict[str, tuple[int, int]]:

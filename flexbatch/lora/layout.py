@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from flexbatch.lora.adapter import AdapterPart
 from flexbatch.lora.modules import Module
+from flexbatch.lora.runs import Run, Spot, runs_of
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -35,8 +36,9 @@ class ModuleIndex:
 class FlatLayout:
     """Factors in rows of flat memory: all rows of one width lie together, so that memory seen in that width has them.
 
-    Modules that read the same input have their factors a one behind the other: one product may read them all. Arrays
-    are by module number: ``ranks`` (0: not changed), ``scales``, and the first rows of both factors (b transposed)
+    Modules that read the same input have their factors a one behind the other: one product may read them all. Groups
+    follow each other as in the adapter's file, which are few ``runs`` then; a width is a stretch. Arrays are by module
+    number: ``ranks`` (0: not changed), ``scales``, and the first rows of both factors (b transposed)
     among those of their width, of which there are ``rows[w]``.
     """
 
@@ -46,10 +48,15 @@ class FlatLayout:
     b_rows: Ints
     rows: Ints
     elements: int
+    runs: tuple[Run, ...]
 
     @classmethod
     def of(cls, parts: Sequence[AdapterPart], index: ModuleIndex) -> FlatLayout:
         """Lay the factors of ``parts`` out; ``elements`` is enough wherever the memory begins."""
+        begins: dict[int, int] = {}
+        for part in parts:
+            begins[part.module.group] = min(begins.get(part.module.group, part.a.offset), part.a.offset)
+        parts = sorted(parts, key=lambda part: begins[part.module.group])
         count = len(index.modules)
         ranks, a_rows, b_rows = (np.zeros(count, dtype=np.int64) for _ in range(3))
         scales = np.zeros(count, dtype=np.float32)
@@ -64,7 +71,17 @@ class FlatLayout:
             rows[place[width]] += part.rank
         widths = np.array(index.widths)
         elements = int((rows * widths).sum() + (widths[rows > 0] - 1).sum())
-        return cls(ranks, scales, a_rows, b_rows, rows, elements)
+
+        def spots(part: AdapterPart) -> tuple[Spot, Spot]:
+            number, into, out = index.number[part.module.name], part.module.in_features, part.module.out_features
+            return (place[into], int(a_rows[number]) * into), (place[out], int(b_rows[number]) * out)
+
+        return cls(ranks, scales, a_rows, b_rows, rows, elements, runs_of(parts, spots))
+
+    def stretches(self, start: int, index: ModuleIndex) -> Ints:
+        """For every width, the element where its rows begin if the memory begins at element ``start``."""
+        elements: Ints = self.bases(start, index) * np.array(index.widths)
+        return elements
 
     def bases(self, start: int, index: ModuleIndex) -> Ints:
         """For every width, the number of the first row of that width at or after element ``start``."""
@@ -82,7 +99,7 @@ class ImageLayout:
     """Factors end to end, group by group: what travels to a GPU's pages in one piece.
 
     Arrays by module number: ``ranks``, ``scales``, and where both factors (b transposed) begin in their group's image.
-    ``starts`` [groups + 1]: where each group's image begins.
+    ``starts`` [groups + 1]: where each group's image begins. All of it is one stretch.
     """
 
     ranks: Ints
@@ -90,6 +107,7 @@ class ImageLayout:
     a_starts: Ints
     b_starts: Ints
     starts: Ints
+    runs: tuple[Run, ...]
 
     @classmethod
     def of(cls, parts: Sequence[AdapterPart], index: ModuleIndex) -> ImageLayout:
@@ -104,7 +122,18 @@ class ImageLayout:
             a_starts[number] = sizes[group]
             b_starts[number] = sizes[group] + part.rank * part.module.in_features
             sizes[group] += part.elements
-        return cls(ranks, scales, a_starts, b_starts, np.concatenate(([0], np.cumsum(sizes))))
+        starts = np.concatenate(([0], np.cumsum(sizes)))
+
+        def spots(part: AdapterPart) -> tuple[Spot, Spot]:
+            number, before = index.number[part.module.name], int(starts[part.module.group])
+            return (0, before + int(a_starts[number])), (0, before + int(b_starts[number]))
+
+        return cls(ranks, scales, a_starts, b_starts, starts, runs_of(parts, spots))
+
+    @staticmethod
+    def stretches(start: int, index: ModuleIndex) -> Ints:  # noqa: ARG004  as of a flat layout
+        """The element where everything begins, if the memory begins at element ``start``."""
+        return np.array([start])
 
     @property
     def elements(self) -> int:

@@ -3,52 +3,42 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from flexbatch.checkpoint.tensors import DTYPES
-from flexbatch.lora.adapter import Adapter, AdapterPart, Factor, UnreadableAdapterError
+from flexbatch.lora.adapter import Adapter, UnreadableAdapterError
+from flexbatch.lora.runs import Run
 
-Place = Callable[[AdapterPart], tuple[Tensor, Tensor]]
+Place = Callable[[Run], Tensor]
 
 
 class FactorReader:
-    """Reads one adapter after the other through buffers for the largest file's factors: as they are, and in fp32."""
+    """Reads one adapter after the other through a buffer for the largest file's factors."""
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.uint8)
-        self._wide = torch.empty(0, dtype=torch.float32)
         self.bytes_read = 0
 
-    def read(self, adapter: Adapter, place: Place) -> None:
-        """Fill a [rank, in] and b transposed [rank, out] of every part, which ``place`` gives.
+    def read(self, adapter: Adapter, runs: Sequence[Run], place: Place) -> None:
+        """Fill what ``place`` gives for every run, [count, rank, width]: each factor a, and each b transposed.
 
-        Raises UnreadableAdapterError where the file has changed since it was opened, is cut short, or holds a number
-        that is not finite.
+        One call of torch a run: beside a thread that issues small products every call gives the interpreter away and
+        waits to get it back. Raises UnreadableAdapterError where the file has changed since it was opened, is cut
+        short, or holds a number that is not finite.
         """
-        factors = [factor for part in adapter.parts for factor in (part.a, part.b)]
-        begin = min(factor.offset for factor in factors)
-        end = max(factor.offset + factor.nbytes for factor in factors)
+        begin = min(run.first.offset for run in runs)
+        end = max(run.first.offset + (run.count - 1) * run.step + run.first.nbytes for run in runs)
         if self._buffer.numel() < end - begin:
             self._buffer = torch.empty(end - begin, dtype=torch.uint8)
         self._fill(adapter, begin, end)
-        whole = self._widened(factors, begin, end)
-        for part in adapter.parts:
-            a, b = place(part)
-            for target, factor, turned in ((a, part.a, False), (b, part.b, True)):
-                if target.dtype == torch.float32 and whole is not None:
-                    first = (factor.offset - begin) // DTYPES[factor.dtype].itemsize
-                    numbers = whole[first : first + math.prod(factor.shape)].reshape(factor.shape)
-                    np.copyto(target.numpy(), numbers.T if turned else numbers)
-                else:
-                    source = self._view(factor, begin)
-                    target.copy_(source.t() if turned else source)
+        for run in runs:
+            source = self._source(run, begin)
+            place(run).copy_(source.transpose(1, 2) if run.turned else source)
 
     @staticmethod
     def announce(adapter: Adapter) -> None:
@@ -85,29 +75,17 @@ class FactorReader:
             raise UnreadableAdapterError(f"adapter {adapter.file}: cannot be read: {reason}") from error
         self.bytes_read += done
 
-    def _widened(self, factors: Sequence[Factor], begin: int, end: int) -> NDArray[np.float32] | None:
-        """What was read, in fp32 and at once; None where it is of several types, or not at whole numbers.
-
-        One call for all of it, and then numpy's for each factor: beside a thread that issues small products every call
-        of torch gives the interpreter away and waits to get it back.
-        """
-        kinds = {factor.dtype for factor in factors}
-        dtype = DTYPES[kinds.pop()]
-        if kinds or any((factor.offset - begin) % dtype.itemsize for factor in factors):
-            return None
-        numbers = self._buffer[: (end - begin) // dtype.itemsize * dtype.itemsize].view(dtype)
-        if dtype == torch.float32:
-            return numbers.numpy()
-        if self._wide.numel() < numbers.numel():
-            self._wide = torch.empty(numbers.numel(), dtype=torch.float32)
-        return self._wide[: numbers.numel()].copy_(numbers).numpy()
-
-    def _view(self, factor: Factor, begin: int) -> Tensor:
-        raw = self._buffer[factor.offset - begin : factor.offset - begin + factor.nbytes]
-        dtype = DTYPES[factor.dtype]
-        if (factor.offset - begin) % dtype.itemsize:
-            raw = raw.clone()  # a file whose tensors do not lie at whole elements
-        return raw.view(dtype).view(factor.shape)
+    def _source(self, run: Run, begin: int) -> Tensor:
+        """The factors of a run as the file has them, [count, rows, columns]."""
+        dtype, (rows, columns) = DTYPES[run.first.dtype], run.first.shape
+        first = run.first.offset - begin
+        extent = (run.count - 1) * run.step + run.first.nbytes
+        raw = self._buffer[first : first + extent]
+        if first % dtype.itemsize == 0 and run.step % dtype.itemsize == 0:
+            strides = (run.step // dtype.itemsize, columns, 1)
+            return raw.view(dtype).as_strided((run.count, rows, columns), strides)
+        whole = raw.as_strided((run.count, run.first.nbytes), (run.step, 1)).clone()  # not at whole elements
+        return whole.view(dtype).view(run.count, rows, columns)
 
 
 def is_finite(numbers: Tensor) -> bool:

@@ -64,8 +64,8 @@ class AdapterReader:
             key = (header, size, config)
             parts = self._parts.get(key)
             if parts is None:
-                parts = self._match(folder, read_header(file), config)
-                self._parts[key] = parts
+                matched = self._match(folder, read_header(file), config)
+                parts = self._parts.setdefault(key, matched)  # another thread may have been as fast
         except (ModelError, DoesNotFitError) as error:
             raise UnreadableAdapterError(f"adapter {folder}: {error}") from error
         except OSError as error:

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from flexbatch.errors import AdapterError
 from flexbatch.lora.adapter import Adapter, AdapterPart, UnreadableAdapterError
-from flexbatch.lora.layout import FlatLayout, ImageLayout, ModuleIndex
+from flexbatch.lora.layout import FlatLayout, ImageLayout, Ints, ModuleIndex
 from flexbatch.lora.load import FactorReader, Place, is_finite
+from flexbatch.lora.runs import Run
 from flexbatch.memory.kv import KVPool
 from flexbatch.runtime.adapter_rows import AdapterRows
 from flexbatch.runtime.adapter_tables import FlatTable, Kinds, PagedTable
@@ -76,7 +77,7 @@ class FlatStore:
             width: self._flat[: self._flat.numel() // width * width].view(-1, width) for width in index.widths
         }
         self._kinds = Kinds(FlatLayout, index)
-        self._files = _Files(adapters)
+        self._files = _Files(adapters, self._kinds, index, self._flat)
         self.failures = self._files.failures
 
     @staticmethod
@@ -97,7 +98,7 @@ class FlatStore:
 
     def read(self, step: Step) -> None:  # noqa: ARG002  the same for all
         """Disk to arena."""
-        self._files.read(self._place, self._region)
+        self._files.read()
 
     def up(self, step: Step) -> None:
         """Nothing: the arena is the pool."""
@@ -113,23 +114,6 @@ class FlatStore:
 
     def _start(self, name: str) -> int:
         return self._cache.start(name) // self.dtype.itemsize
-
-    def _region(self, name: str, start: int) -> Tensor:
-        return self._flat[start : start + self._kinds.layout(self._adapters[name].parts).elements]
-
-    def _place(self, name: str, start: int) -> Place:
-        layout = self._kinds.layout(self._adapters[name].parts)
-        bases = layout.bases(start, self._index)
-        widths = self._index.widths
-
-        def place(part: AdapterPart) -> tuple[Tensor, Tensor]:
-            number = self._index.number[part.module.name]
-            into, out = part.module.in_features, part.module.out_features
-            a = int(bases[widths.index(into)] + layout.a_rows[number])
-            b = int(bases[widths.index(out)] + layout.b_rows[number])
-            return self._rows[into][a : a + part.rank], self._rows[out][b : b + part.rank]
-
-        return place
 
 
 class PagedStore:
@@ -157,7 +141,7 @@ class PagedStore:
         self._pages = [pool.raw(layer).view(dtype) for layer in range(index.groups - 2)]  # [pages, P] each
         self._device = device
         self._kinds = Kinds(ImageLayout, index)
-        self._files = _Files(adapters)
+        self._files = _Files(adapters, self._kinds, index, self._flat)
         self._uploads: list[tuple[ImageLayout, int, list[int]]] = []
         self.failures = self._files.failures
 
@@ -190,7 +174,7 @@ class PagedStore:
 
     def read(self, step: Step) -> None:  # noqa: ARG002  the same for all
         """Disk to arena."""
-        self._files.read(self._place, self._region)
+        self._files.read()
 
     def up(self, step: Step) -> None:
         """A group's images from the arena to their pages."""
@@ -230,27 +214,21 @@ class PagedStore:
     def _start(self, name: str) -> int:
         return self._cache.start(name) // self._dtype.itemsize
 
-    def _region(self, name: str, start: int) -> Tensor:
-        return self._flat[start : start + self._kinds.layout(self._adapters[name].parts).elements]
-
-    def _place(self, name: str, start: int) -> Place:
-        layout = self._kinds.layout(self._adapters[name].parts)
-
-        def place(part: AdapterPart) -> tuple[Tensor, Tensor]:
-            number = self._index.number[part.module.name]
-            into, out = part.rank * part.module.in_features, part.rank * part.module.out_features
-            begin = start + int(layout.starts[part.module.group])
-            a, b = begin + int(layout.a_starts[number]), begin + int(layout.b_starts[number])
-            return self._flat[a : a + into].view(part.rank, -1), self._flat[b : b + out].view(part.rank, -1)
-
-        return place
-
 
 class _Files:
-    """Reads adapters in the order in which they were queued, one Step a batch of them."""
+    """Reads adapters into ``flat`` memory in the order in which they were queued, one Step a batch of them."""
 
-    def __init__(self, adapters: Mapping[str, Adapter]) -> None:
+    def __init__(
+        self,
+        adapters: Mapping[str, Adapter],
+        kinds: Kinds[FlatLayout] | Kinds[ImageLayout],
+        index: ModuleIndex,
+        flat: Tensor,
+    ) -> None:
         self._adapters = adapters
+        self._kinds = kinds
+        self._index = index
+        self._flat = flat
         self._reader = FactorReader()
         self._batches: deque[list[tuple[str, int]]] = deque()
         self.failures: dict[str, AdapterError] = {}
@@ -260,32 +238,34 @@ class _Files:
         return self._reader.bytes_read
 
     def queue(self, batch: list[tuple[str, int]]) -> None:
+        """Adapters, and the element where each is to begin."""
         if batch:
             self._batches.append(batch)
 
-    def read(self, place: _PlaceOf, region: _RegionOf) -> None:
+    def read(self) -> None:
         batch = self._batches.popleft()
         for name, _ in batch[:_AHEAD]:
             self._reader.announce(self._adapters[name])
         for number, (name, start) in enumerate(batch):
             for later, _ in batch[number + _AHEAD : number + _AHEAD + 1]:
                 self._reader.announce(self._adapters[later])
+            adapter = self._adapters[name]
+            layout = self._kinds.layout(adapter.parts)
+            region = self._flat[start : start + layout.elements]
             try:
-                self._reader.read(self._adapters[name], place(name, start))
-                if not is_finite(region(name, start)):
-                    file = self._adapters[name].file
-                    raise UnreadableAdapterError(f"adapter {file}: holds numbers that are not finite")
+                self._reader.read(adapter, layout.runs, self._place(layout.stretches(start, self._index)))
+                if not is_finite(region):
+                    raise UnreadableAdapterError(f"adapter {adapter.file}: holds numbers that are not finite")
             except AdapterError as error:
-                region(name, start).zero_()
+                region.zero_()
                 self.failures[name] = error
 
+    def _place(self, stretches: Ints) -> Place:
+        def place(run: Run) -> Tensor:
+            strides = (run.stride, run.shape[2], 1)
+            return self._flat.as_strided(run.shape, strides, int(stretches[run.stretch]) + run.place)
 
-class _PlaceOf(Protocol):
-    def __call__(self, name: str, start: int) -> Place: ...
-
-
-class _RegionOf(Protocol):
-    def __call__(self, name: str, start: int) -> Tensor: ...
+        return place
 
 
 def _page_counts(layout: ImageLayout, numbers: int) -> tuple[int, int]:

@@ -214,13 +214,19 @@ class Adapters:
         )
 
     def _size(self, names: Iterable[str], page: PageShape) -> None:
+        known: dict[int, AdapterSize] = {}  # by identity: the reader shares parts among equals
         for name in names:
-            if name not in self._sizes or self._device.compute == "gpu":
-                self._sizes[name] = (
-                    PagedStore.size(self._opened[name], self._index, page.nbytes, page.dtype)
+            if name in self._sizes and self._device.compute != "gpu":
+                continue
+            adapter = self._opened[name]
+            size = known.get(id(adapter.parts))
+            if size is None:
+                size = known[id(adapter.parts)] = (
+                    PagedStore.size(adapter, self._index, page.nbytes, page.dtype)
                     if self._device.compute == "gpu"
-                    else FlatStore.size(self._opened[name], self._index)
+                    else FlatStore.size(adapter, self._index)
                 )
+            self._sizes[name] = size
 
 
 def adapter_error(error: AdapterError) -> RowError:
