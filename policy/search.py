@@ -13,7 +13,7 @@ from flexbatch.errors import DoesNotFitError, UsageError
 from flexbatch.options import EngineOptions
 from flexbatch.policy.candidates import Shop, Trial, realise
 from flexbatch.policy.cost import Precision, Way
-from flexbatch.policy.footprint import DTYPE_BYTES, ModelSize, UnitSize
+from flexbatch.policy.footprint import ModelSize, UnitSize
 from flexbatch.policy.machine import Machine
 from flexbatch.policy.memory import cut_for
 from flexbatch.policy.misfit import does_not_fit
@@ -229,13 +229,13 @@ def everything_on(tier: str) -> Shares:
 
 
 def _precisions(shop: Shop) -> Iterator[tuple[Precision, int]]:
-    """Types to try: bits as asked for (None: both), and on a CPU weights in RAM as stored, or widened once."""
+    """Types to try: bits as asked for (None: both), and on a CPU weights in RAM as stored, or converted once."""
     options, dtype, stored = shop.options, shop.machine.dtype, shop.stored_dtype
     packed = any(unit.packed for unit in shop.units)
     for kv_bits in (16, 4) if options.kv_bits is None else (options.kv_bits,):
         for bits in (16, 4) if options.weight_bits is None else (options.weight_bits,):
             held = [stored]
-            if shop.machine.compute == "cpu" and DTYPE_BYTES[dtype] > DTYPE_BYTES[stored]:
+            if shop.machine.compute == "cpu" and dtype != stored:
                 held.insert(0, dtype)
             for kept in held:
                 yield Precision(dtype, "int4" if bits == 4 or packed else stored, stored, kept, kv_bits), bits

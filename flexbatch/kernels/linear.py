@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import TypeGuard
 
@@ -17,23 +18,27 @@ from flexbatch.policy.footprint import GPU_TILE_BYTES, tile_bytes
 Weight = Tensor | Packed
 """A weight [out, in] in any form it may rest in."""
 
-# On a CPU oneDNN's fp32 products, which torch does not use by itself, are the fastest.
+# On a CPU oneDNN's products, which torch does not use by itself in fp32, are the fastest.
 _FEW_ROWS = 192  # where there is no oneDNN: up to here the weight as the left operand is up to three times as fast
 _LANES = 16  # numbers that an instruction multiplies: with the weight as the left operand, of as many rows
 _FEWEST_COLUMNS = 128  # of a widened tile in backward: narrower products would be slow
 _PACKED_FOR = 128  # rows; the layout that is best for these is within a few percent of the best for all
 _FUSED_ROWS = 256  # on a GPU: beyond, products are bound by their operations, and plain ones run faster
-_PACK_MULTIPLES = (64, 16)  # of outputs and inputs: other shapes would be padded, and take more memory than planned
+_PACK_MULTIPLES = {  # of outputs and inputs: other shapes would be padded, and take more memory than planned
+    torch.float32: (64, 16),
+    torch.bfloat16: (64, 32),
+}
 
 
 def pack(weight: Tensor) -> Tensor:
-    """Return ``weight`` [out, in] as an opaque operand for ``linear``: fp32 on a CPU in the blocks its products read.
+    """Return ``weight`` [out, in] as an opaque operand for ``linear``: on a CPU in the blocks its products read.
 
-    Up to twice as fast with few rows, a sixth with many. Takes as many bytes as ``weight``, which is returned as it
-    is where there is no such layout.
+    In fp32, and in bf16 where oneDNN has it. Up to twice as fast with few rows, a sixth with many. Takes as many bytes
+    as ``weight``, which is returned as it is where there is no such layout.
     """
-    multiples = all(size % multiple == 0 for size, multiple in zip(weight.shape, _PACK_MULTIPLES, strict=True))
-    if not multiples or not _has_onednn(weight):
+    if not _has_onednn(weight):
+        return weight
+    if any(size % multiple for size, multiple in zip(weight.shape, _PACK_MULTIPLES[weight.dtype], strict=True)):
         return weight
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACKED_FOR)
     return packed
@@ -168,8 +173,15 @@ def _in_blocks(weight: Weight) -> TypeGuard[Tensor]:
 
 
 def _has_onednn(operand: Tensor) -> bool:
-    """Whether oneDNN multiplies operands like this one."""
-    return operand.device.type == "cpu" and operand.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    """Whether oneDNN multiplies operands like this one: in bf16 not on every CPU."""
+    if operand.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return operand.dtype == torch.float32 or (operand.dtype == torch.bfloat16 and _multiplies_bf16())
+
+
+@functools.cache
+def _multiplies_bf16() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
