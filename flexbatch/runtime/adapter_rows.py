@@ -11,7 +11,10 @@ from flexbatch.scheduler.sweep import MicroBatch
 
 @dataclass(frozen=True, slots=True)
 class AdapterRows:
-    """The adapters ``names`` of a micro-batch and its rows; ``spans``: (first row, rows, place among the names)."""
+    """The adapters ``names`` of a micro-batch and its rows.
+
+    ``spans``: (first row, rows, place among the names), one for all rows of an adapter that lie together.
+    """
 
     names: tuple[str, ...]
     spans: tuple[tuple[int, int, int], ...]
@@ -26,7 +29,12 @@ class AdapterRows:
         for piece in batch.slices:
             name = piece.sequence.adapter
             if name is not None:
-                spans.append((row, piece.count, places.setdefault(name, len(places))))
+                place = places.setdefault(name, len(places))
+                first, count, owner = spans[-1] if spans else (0, 0, -1)
+                if owner == place and first + count == row:
+                    spans[-1] = (first, count + piece.count, place)
+                else:
+                    spans.append((row, piece.count, place))
             row += piece.count
         return cls(tuple(places), tuple(spans), group_rows(spans)) if spans else None
 

@@ -20,6 +20,7 @@ from flexbatch.scheduler.sweep import (
     MicroBatch,
     Slice,
     Sweep,
+    by_adapter,
     cut,
     pack_by_sequences,
     pack_by_tokens,
@@ -171,7 +172,7 @@ class Scheduler:
             for part, streamed in part_by_attention(at_home, tier, self._plan.gpu_attention):
                 for pieces in self._pack_part(part, tier, streamed):
                     tokens = sum(piece.count for piece in pieces)
-                    yield MicroBatch(pieces, tier, self._hidden.choose(tokens), streamed)
+                    yield MicroBatch(by_adapter(pieces), tier, self._hidden.choose(tokens), streamed)
 
     def _pack_part(self, slices: list[Slice], tier: str, streamed: bool) -> list[tuple[Slice, ...]]:
         plan = self._plan

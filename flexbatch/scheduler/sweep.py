@@ -167,3 +167,10 @@ def pack_by_tokens(slices: SequenceOf[Slice], tokens: int, pages: int, page_toke
 def pack_by_sequences(slices: SequenceOf[Slice], sequences: int) -> list[tuple[Slice, ...]]:
     """Micro-batches of ``sequences`` whole slices each: FlexGen's shape."""
     return [tuple(slices[i : i + sequences]) for i in range(0, len(slices), sequences)]
+
+
+def by_adapter(slices: tuple[Slice, ...]) -> tuple[Slice, ...]:
+    """The same slices, those of one adapter side by side: their products are large ones then, made in place."""
+    if all(piece.sequence.adapter is None for piece in slices):
+        return slices
+    return tuple(sorted(slices, key=lambda piece: piece.sequence.adapter or ""))
