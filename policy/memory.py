@@ -117,7 +117,7 @@ def _packed(unit: UnitSize) -> UnitSize:
 
 
 def resident_bytes(unit: UnitSize, tier: str, held: str, compute: str) -> int:
-    """What ``unit`` takes on ``tier``: RAM of a run that computes there widens it to the type ``held``.
+    """What ``unit`` takes on ``tier``: RAM of a run that computes there has it in the type ``held``.
 
     What is in 4 bits stays so everywhere.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -176,3 +177,13 @@ def test_jobs_of_a_few_short_rows_have_plans(device: bool, job: tuple[int, int, 
         found, _ = plan("opt-125m", 8, 16, job, device=device, **options)
         assert 1 <= found.max_sequences <= job[2]
         assert found.predicted["throughput_tok_s"] > 0
+
+
+@pytest.mark.parametrize("stored", ["float16", "float32"])
+def test_weights_in_ram_are_converted_once_also_to_a_type_that_is_no_wider(stored: str) -> None:
+    size, units = model("opt-125m")
+    figures = profile(gpu=None)
+    budgets = replace(machine(figures, 0, 8), dtype="bfloat16")
+    job = Workload.uniform(128, 64, 1000)
+    found, _ = choose("opt-125m", size, units, job, EngineOptions(), budgets, figures, stored_dtype=stored)
+    assert found.weights_dtype == "bfloat16"

@@ -18,6 +18,7 @@ from flexbatch.requests import Result, TokenizedRequest
 from flexbatch.runtime import engine as engine_module
 from flexbatch.runtime.engine import Engine
 from flexbatch.scheduler.scheduler import Scheduler
+from flexbatch.units import Shares
 from tests.oracle import Row, assert_equal, generate_alone, ragged_rows, requests_of
 from tests.tiny import ALL_VARIANTS, FAMILIES, tiny_checkpoint
 
@@ -109,3 +110,24 @@ def test_weights_kept_as_stored_give_the_same_tokens(weights: str, tmp_path: Pat
             break
     assert_equal(wide, rows)
     assert_equal(narrow, rows)
+
+
+def test_in_bf16_weights_that_are_converted_once_give_what_weights_from_disk_give(tmp_path: Path) -> None:
+    """Stored in fp16: rounded to bf16 when they are loaded, or before each product; as near as 8 bits are."""
+    rng = random.Random(6)
+    tiny_checkpoint(tmp_path, "llama", "plain", seed=6, dtype=torch.float16)
+    requests = requests_of(generate_alone(tmp_path, ragged_rows(rng, 149, ROWS)), logprobs=2)
+
+    def first(dtype: str, weights: Shares) -> torch.Tensor:
+        settings = EngineOptions(device="cpu", dtype=dtype, weights=weights)  # type: ignore[arg-type]
+        with Engine(locate(str(tmp_path)), None, settings, Workload.of(requests)) as engine:
+            assert engine.plan.weights_dtype == dtype or not weights.cpu
+            found = {result.id: result.logprobs for result in engine.run(requests)}
+        return torch.tensor([found[request.request.id].token_logprobs[0] for request in requests])  # type: ignore[union-attr]
+
+    exact = first("float32", Shares(0, 1, 0))
+    for weights in (Shares(0, 1, 0), Shares(0, 0, 1)):
+        error = (first("bfloat16", weights) - exact).abs()
+        assert 0 < error.mean() < 0.1
+        assert error.max() < 0.5
+    assert float(exact.std()) > 0.3, "or other tokens' would be as near"

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from flexbatch.errors import InternalError
 from flexbatch.options import Schedule
 from flexbatch.requests import Request, TokenizedRequest
+from flexbatch.runtime.adapter_rows import AdapterRows
 from flexbatch.sampling import SamplingParams
 from flexbatch.scheduler.adapters import AdapterCache, AdapterSize
 from flexbatch.scheduler.extents import Extents
@@ -219,6 +220,26 @@ def test_rows_are_grouped_by_adapter_where_that_saves_swaps() -> None:
     assert reads(adapters, 6) == 6
     assert reads(adapters, 2) <= 12, "in the rows' own order it would be 48"
     assert reads(adapters, 1) <= 12
+
+
+def test_rows_of_one_adapter_lie_side_by_side_in_a_micro_batch() -> None:
+    cache = AdapterCache({name: AdapterSize(1) for name in NAMES}, 6)
+    plan = replace(small_plan(), max_sequences=40, micro_batch_tokens=30)
+    scheduler = Scheduler(plan, {"cpu": PageAllocator(64)}, adapters=cache)
+    adapters = [None if i % 7 == 6 else NAMES[i % 7 % 3] for i in range(40)]
+    scheduler.add([row(i, 3, 4, name) for i, name in enumerate(adapters)])
+    sweep = scheduler.next_sweep()
+    assert sweep is not None
+    assert len(sweep.micro_batches) > 1
+    for batch in sweep.micro_batches:
+        rows = AdapterRows.of(batch)
+        assert rows is not None
+        names = [piece.sequence.adapter for piece in batch.slices]
+        assert len(rows.spans) == len(rows.names) == len(set(names) - {None})
+        for first, count, place in rows.spans:
+            pieces = [piece for piece in batch.slices for _ in range(piece.count)][first : first + count]
+            assert {piece.sequence.adapter for piece in pieces} == {rows.names[place]}
+            assert count == sum(piece.count for piece in batch.slices if piece.sequence.adapter == rows.names[place])
 
 
 def test_no_row_is_passed_for_ever() -> None:
