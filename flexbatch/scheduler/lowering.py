@@ -282,7 +282,7 @@ class _Flight:
         Independent of the micro-batch's hidden state. Where no page holds anything yet, nothing has to travel, and
         nothing may: an empty transfer would still wait in line behind the weights of the next layers.
         """
-        before = self._last_write.get(batch - 1) if self._continues(batch) else None
+        before = self._last_write.get(batch - 1) if self._sweep.continues[batch] else None
         ready = (*self._lowerer.stored(group), *free, *(() if before is None else (before,)))
         piece = self._sweep.micro_batches[batch]
         if all(part.start == 0 for part in piece.slices):
@@ -327,13 +327,7 @@ class _Flight:
 
     def _before(self, batch: int) -> int | None:
         """The attention Step of the micro-batch before, if this one continues a prompt that was cut between them."""
-        return self._last_attend[batch - 1] if self._continues(batch) else None
-
-    def _continues(self, batch: int) -> bool:
-        if batch == 0:
-            return False
-        before, own = self._sweep.micro_batches[batch - 1], self._sweep.micro_batches[batch]
-        return before.slices[-1].sequence is own.slices[0].sequence
+        return self._last_attend[batch - 1] if self._sweep.continues[batch] else None
 
     def _advance(
         self, kind: Kind, resource: Resource, group: int, batch: int, others: Iterable[int | None], *, slot: int = 0

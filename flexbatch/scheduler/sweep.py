@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
@@ -55,13 +56,19 @@ class MicroBatch:
         return sum(piece.count for piece in self.slices)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Sweep:
     """One pass over the layers. ``adapters``: which LoRA adapters move before or during it."""
 
     number: int
     micro_batches: tuple[MicroBatch, ...]
     adapters: AdapterMoves = NO_MOVES
+
+    @functools.cached_property
+    def continues(self) -> tuple[bool, ...]:
+        """Of every micro-batch, whether it goes on with a prompt that was cut between the one before it and this."""
+        own = [{id(piece.sequence) for piece in batch.slices} for batch in self.micro_batches]
+        return tuple(bool(before & after) for before, after in zip([set(), *own], own, strict=False))
 
     @property
     def slices(self) -> Iterable[Slice]:

@@ -172,6 +172,24 @@ def test_the_gpu_attends_to_prompts_while_the_cpu_attends_to_decoding_rows() -> 
     assert on_gpu == [("project", 0), *prompts, ("finish", 0)]
 
 
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_prompt_that_was_cut_waits_for_its_first_part_wherever_it_stands(place: int) -> None:
+    """Its second part reads pages that the first one has written, and attends after it."""
+    others = [Slice(sequence(i), 3, 1, True, 4, 4) for i in range(4)]
+    first = Slice(sequence(9), 0, 4, False, 4, 4)
+    second = Slice(first.sequence, 4, 2, True, 6, 6)
+    before, after = list(others[:2]), list(others[2:])
+    before.insert(place, first)
+    after.insert(2 - place, second)
+    sweep = Sweep(1, (MicroBatch(tuple(before), "disk"), MicroBatch(tuple(after), "disk")))
+    assert sweep.continues == (False, True)
+    steps = Lowerer(Routes(num_layers=2, compute="cpu", lanes=2)).lower(sweep, more=False).steps
+    for group in (1, 2):
+        own = {(step.kind, step.batch): step for step in steps if step.group == group}
+        assert own["kv_write", 0].id in own["kv_read", 1].after
+        assert own["attend", 0].id in own["attend", 1].after
+
+
 def test_weights_of_the_next_sweep_are_fetched_under_the_head() -> None:
     lowerer = Lowerer(Routes(num_layers=3, compute="cpu", reads={1: 7, 2: 7, 3: 7}, host_ring=14))
     sweep = Sweep(1, (MicroBatch((Slice(sequence(0), 0, 1, True, 1, 1),)),))
