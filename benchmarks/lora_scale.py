@@ -10,8 +10,10 @@ new tokens, on the CPU in ``--dtype`` (fp32 unless given; PEFT's adapters too). 
 ``--output``, so that long measurements can be made in pieces; count 0 is the base model alone. ``extra_s`` of ours is
 what the products of the adapters and one pass over the factors for every decoding row cost at rates measured in the
 same process; ``products_s`` what all products of base model and adapters cost alone: no run in that type takes less.
-``cpu_s`` are seconds of all processors, which say more than ``seconds`` where others compute on the same
-machine. ``sum`` adds the ratios. PEFT's batch sizes are each tried on at least one whole batch.
+Ours and PEFT's are measured in memory that is not new: ours as the second job of a process, whose first one had other
+adapters (``first_tok_s``), PEFT's after one batch. ``cpu_s`` are seconds of all processors, which say more than
+``seconds`` where others compute on the same machine. ``sum`` adds the ratios. PEFT's batch sizes are each tried on at
+least one whole batch.
 """
 
 from __future__ import annotations

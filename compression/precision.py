@@ -1,6 +1,7 @@
-"""How weights as stored become operands of a product: widening 16-bit storage to the compute type, exactly.
+"""How weights as stored become operands of a product: a tile at a time they are brought to the compute type.
 
-Knows nothing of tiers or models. fp16 and bf16 both widen to fp32 without rounding, so results do not depend on it.
+Knows nothing of tiers or models. fp16 and bf16 both widen to fp32 without rounding, so results do not depend on it; to
+bf16 what is stored otherwise is rounded, as it is where it is converted once, when it is loaded.
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ def test_weights_kept_as_stored_give_the_same_tokens(weights: str, tmp_path: Pat
     assert_equal(narrow, rows)
 
 
-def test_in_bf16_weights_that_are_converted_once_give_what_weights_from_disk_give(tmp_path: Path) -> None:
+def test_in_bf16_weights_converted_once_and_weights_converted_from_disk_are_as_near(tmp_path: Path) -> None:
     """Stored in fp16: rounded to bf16 when they are loaded, or before each product; as near as 8 bits are."""
     rng = random.Random(6)
     tiny_checkpoint(tmp_path, "llama", "plain", seed=6, dtype=torch.float16)
@@ -126,8 +126,10 @@ def test_in_bf16_weights_that_are_converted_once_give_what_weights_from_disk_giv
         return torch.tensor([found[request.request.id].token_logprobs[0] for request in requests])  # type: ignore[union-attr]
 
     exact = first("float32", Shares(0, 1, 0))
-    for weights in (Shares(0, 1, 0), Shares(0, 0, 1)):
-        error = (first("bfloat16", weights) - exact).abs()
+    found = [first("bfloat16", weights) for weights in (Shares(0, 1, 0), Shares(0, 0, 1))]
+    for rounded in found:
+        error = (rounded - exact).abs()
         assert 0 < error.mean() < 0.1
         assert error.max() < 0.5
+    assert (found[0] - found[1]).abs().mean() < 0.1
     assert float(exact.std()) > 0.3, "or other tokens' would be as near"
