@@ -1,13 +1,14 @@
 """Finetuning a model larger than its memory cap: ours, and PEFT with gradient checkpointing on accelerate's offload.
 
     python -m benchmarks.finetune_offload make --model DIR       write a random model (bf16) of 2.9 GB
-    python -m benchmarks.finetune_offload all --model DIR [--cap 1.5GB] [--disk-read 500MB] [--sizes 1,2,4] ...
+    python -m benchmarks.finetune_offload all --model DIR [--cap 1.5GB] [--disk-read 500MB] [--sizes 2,4,8] ...
 
 One accumulation (forward and backward, no optimizer step) of rank 16 on all linear layers, every token but the first a
 target. Every run is a process of its own inside a memory control group of ``--cap`` bytes, page cache included (root
 needed). accelerate keeps in RAM what fits and offloads the rest to disk; it is given the part of RAM that lets it live.
-Both in fp32 and in bf16 (the type of products; factors are in fp32). ``--sizes``: rows of an accumulation; the best
-tokens per second of each system count, by type and over both. ``--disk-read`` holds the disk to a rate, for both.
+Both in fp32 and in bf16 (the type of products; factors are in fp32). ``--sizes`` and ``--their-sizes``: rows of an
+accumulation; runs of both systems follow each other in turn, ``--runs`` times all of them. Of the medians of each size
+the best one of each system counts, by type and over both. ``--disk-read`` holds the disk to a rate, for both.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import statistics
 import sys
 import tempfile
 import time
@@ -128,33 +130,24 @@ def one(options: argparse.Namespace) -> None:
 
 
 def everything(options: argparse.Namespace) -> None:
-    """All systems and sizes, each in a process with the cap."""
+    """All systems and sizes in turn, each in a process with the cap."""
     results: list[dict[str, Any]] = []
-    for rows in map(int, options.sizes.split(",")):
-        for system, dtype in itertools.product(("ours", "PEFT"), options.dtypes.split(",")):
-            memory = options.our_memory if system == "ours" else options.their_memory
-            command = [sys.executable, "-m", "benchmarks.finetune_offload", "one", "--model", str(options.model)]
-            command += ["--system", system, "--dtype", dtype, "--memory", memory]
-            command += ["--rows", str(rows), "--tokens", str(options.tokens)]
-            code, out, err, _ = in_group(
-                [*command, "--disk-dir", str(options.disk_dir)],
-                parse_size(options.cap),
-                folder=options.model,
-                read_rate=None if options.disk_read is None else parse_size(options.disk_read),
-            )
-            found: dict[str, Any] = {"system": system, "dtype": dtype, "rows": rows, "exit_code": code}
-            if code == 0:
-                found |= json.loads(out.strip().splitlines()[-1])
-                found["tokens_per_s"] = rows * options.tokens / found["seconds"]
-            else:
-                found["error"] = err.strip().splitlines()[-1:] if err.strip() else []
-            print(found, file=sys.stderr, flush=True)
-            results.append(found)
-    best: dict[tuple[str, str], float] = {}
+    sizes = {"ours": options.sizes.split(","), "PEFT": (options.their_sizes or options.sizes).split(",")}
+    for run in range(options.runs):
+        for place in range(max(map(len, sizes.values()))):
+            for dtype, system in itertools.product(options.dtypes.split(","), sizes):
+                if place < len(sizes[system]):
+                    found = {"run": run, **_measured(options, system, dtype, int(sizes[system][place]))}
+                    print(found, file=sys.stderr, flush=True)
+                    results.append(found)
+    by_size: dict[tuple[str, str, int], list[float]] = {}
     for each in results:
-        for kind in (each["dtype"], "either"):
-            key = each["system"], kind
-            best[key] = max(best.get(key, 0.0), each.get("tokens_per_s", 0.0))
+        rates = by_size.setdefault((each["system"], each["dtype"], each["rows"]), [])
+        rates.append(each.get("tokens_per_s", 0.0))
+    best: dict[tuple[str, str], float] = {}
+    for (system, dtype, _), rates in by_size.items():
+        for kind in (dtype, "either"):
+            best[system, kind] = max(best.get((system, kind), 0.0), statistics.median(rates))
     kinds = (*options.dtypes.split(","), "either")
     report = {
         "what": "tokens per second of one accumulation of LoRA finetuning under a memory cap",
@@ -171,6 +164,28 @@ def everything(options: argparse.Namespace) -> None:
         options.output.write_text(json.dumps(report, indent=1) + "\n")
 
 
+def _measured(options: argparse.Namespace, system: str, dtype: str, rows: int) -> dict[str, Any]:
+    """One run of one system in a process with the cap."""
+    memory = options.our_memory if system == "ours" else options.their_memory
+    command = [sys.executable, "-m", "benchmarks.finetune_offload", "one", "--model", str(options.model)]
+    command += ["--system", system, "--dtype", dtype, "--memory", memory]
+    command += ["--rows", str(rows), "--tokens", str(options.tokens)]
+    code, out, err, _ = in_group(
+        [*command, "--disk-dir", str(options.disk_dir)],
+        parse_size(options.cap),
+        folder=options.model,
+        read_rate=None if options.disk_read is None else parse_size(options.disk_read),
+        seconds=options.limit,
+    )
+    found: dict[str, Any] = {"system": system, "dtype": dtype, "rows": rows, "exit_code": code}
+    if code == 0:
+        found |= json.loads(out.strip().splitlines()[-1])
+        found["tokens_per_s"] = rows * options.tokens / found["seconds"]
+    else:
+        found["error"] = err.strip().splitlines()[-1:] if err.strip() else []
+    return found
+
+
 def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -182,6 +197,9 @@ def main() -> None:
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--disk-read", help="hold the disk to so many bytes a second, for both (default: as it is)")
     parser.add_argument("--sizes", default="1,2,4")
+    parser.add_argument("--their-sizes", help="rows of PEFT's accumulations (default: as ours)")
+    parser.add_argument("--runs", type=int, default=1)
+    parser.add_argument("--limit", type=float, default=600, help="seconds after which a run is given up")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--disk-dir", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--output", type=Path)

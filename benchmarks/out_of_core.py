@@ -37,8 +37,18 @@ class Ended(NamedTuple):
     peak: int
 
 
-def in_group(command: list[str], cap: int, *, folder: str | Path = "/", read_rate: int | None = None) -> Ended:
-    """Run ``command`` under a memory cap, and with the disk that holds ``folder`` held to ``read_rate`` bytes/s."""
+def in_group(
+    command: list[str],
+    cap: int,
+    *,
+    folder: str | Path = "/",
+    read_rate: int | None = None,
+    seconds: float | None = None,
+) -> Ended:
+    """Run ``command`` under a memory cap, and with the disk that holds ``folder`` held to ``read_rate`` bytes/s.
+
+    It is killed after so many ``seconds``.
+    """
     name = f"flexbatch-bench-{os.getpid()}"
     if _V1.is_dir():
         group, disk = _V1 / name, Path("/sys/fs/cgroup/blkio") / name
@@ -61,7 +71,10 @@ def in_group(command: list[str], cap: int, *, folder: str | Path = "/", read_rat
             (each / member.name).write_text(str(os.getpid()))
 
     try:
-        done = subprocess.run(command, capture_output=True, text=True, preexec_fn=join)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, preexec_fn=join, timeout=seconds)
+        except subprocess.TimeoutExpired:
+            done = subprocess.CompletedProcess(command, -9, "", f"not done after {seconds} seconds")
         peak = int(most.read_text())
     finally:
         time.sleep(0.5)

@@ -30,13 +30,26 @@ _STEPS = 64  # tries from everything on a tier to nothing
 
 @dataclass(frozen=True, slots=True)
 class TrainingJob:
-    """What is to be trained: ``tokens`` at most in a pass, windows, trained numbers, and the first trained group."""
+    """What is to be trained: ``tokens`` at most in a pass, windows, trained numbers, and the first trained group.
+
+    ``longest``: tokens of the longest example.
+    """
 
     tokens: int
     window: int
     longest: int
     elements: int
     lowest: int
+
+    @property
+    def window_rows(self) -> int:
+        """Tokens that are computed together, at most."""
+        return min(self.window, self.tokens)
+
+    @property
+    def batch_rows(self) -> int:
+        """Tokens of a micro-batch, at most: an example, or as many as fill a window."""
+        return max(self.longest, self.window_rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,9 +151,9 @@ def _account(
     working[compute] = working_bytes(size, job, dtype)
     if compute == "gpu":
         resident["gpu"] += placement.gpu_ring
-        working["cpu"] += 2 * LANES * job.longest * row if inputs["disk"] else 0
+        working["cpu"] += 2 * LANES * job.batch_rows * row if inputs["disk"] else 0
     if inputs["disk"] or (compute == "gpu" and inputs["cpu"]):
-        working[compute] += 2 * LANES * job.longest * row
+        working[compute] += 2 * LANES * job.batch_rows * row
     adapters = {"gpu": 0, "cpu": 0, "disk": 0, compute: job.elements * 4 * _STATES}
     memory = {
         tier: TierMemory(
@@ -178,12 +191,12 @@ def working_bytes(size: ModelSize, job: TrainingJob, dtype: str) -> int:
     shape, each = size.shape, DTYPE_BYTES[dtype]
     inner = 8 * shape.hidden_size + 3 * size.qkv_width + 9 * shape.intermediate_size
     kv_width = 2 * shape.num_kv_heads * shape.head_dim
-    keys = job.longest * kv_width * (each + 3 * 4)
-    rows = min(job.tokens, max(16, min(1024, LOSS_BYTES // (4 * shape.vocab_size))))
-    logits = 2 * rows * shape.vocab_size * 4
+    keys = job.batch_rows * kv_width * (each + 3 * 4)
+    chunk = min(job.tokens, max(16, min(1024, LOSS_BYTES // (4 * shape.vocab_size))))
+    logits = 2 * chunk * shape.vocab_size * 4
     states = 2 * job.tokens * size.hidden_token_bytes(dtype)
-    window = min(job.window, job.longest)
-    return states + max(window * inner * each + keys, logits) + size.tile_bytes(window, dtype, "int4")
+    rows = job.window_rows
+    return states + max(rows * inner * each + keys, logits) + size.tile_bytes(rows, dtype, "int4")
 
 
 def riding_bytes(size: ModelSize, job: TrainingJob, dtype: str, *, below: bool) -> int:
@@ -193,7 +206,7 @@ def riding_bytes(size: ModelSize, job: TrainingJob, dtype: str, *, below: bool) 
     """
     layers = size.shape.num_layers + 1 - max(1, job.lowest)
     inputs = 0 if below else layers * job.tokens * size.hidden_token_bytes(dtype)
-    transfers = 2 * LANES * job.longest * size.hidden_token_bytes(dtype) if below else 0
+    transfers = 2 * LANES * job.batch_rows * size.hidden_token_bytes(dtype) if below else 0
     return working_bytes(size, job, dtype) + inputs + transfers + job.elements * 4 * _STATES
 
 

@@ -70,6 +70,8 @@ def linear(x: Tensor, parts: Sequence[Weight], bias: Tensor | None = None) -> Te
         for columns, tile in _tiles(parts, x, cut=turned):
             if turned and tile.is_contiguous():
                 result[:, columns] = _onednn(tile, x, None).t()
+            elif x.dtype == torch.bfloat16:
+                torch.mm(x, tile.t(), out=result[:, columns])  # by oneDNN as well, to where it belongs
             else:
                 result[:, columns] = _onednn(x, tile, None)
     else:
@@ -106,8 +108,11 @@ def linear_backward(dy: Tensor, weight: Weight) -> Tensor:
 
 
 def _backward_product(left: Tensor, right: Tensor) -> Tensor:
-    """[T, k] @ [k, n]. oneDNN reads the second matrix as it lies, and is the faster one in fp32 on a CPU."""
-    if _has_onednn(left):
+    """[T, k] @ [k, n]. oneDNN reads the second matrix as it lies, and is the faster one in fp32 on a CPU.
+
+    In bf16 torch's own product is oneDNN's.
+    """
+    if _has_onednn(left) and left.dtype == torch.float32:
         return _onednn(left.contiguous(), right.t(), None)
     return left @ right
 
