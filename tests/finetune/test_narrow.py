@@ -43,7 +43,7 @@ def test_bf16_is_as_near_as_peft(family: str, variant: str, window: int, tmp_pat
     rows = ragged(5, shape.vocab_size, [min(length, shape.max_positions) for length in LENGTHS])
     scale = 1 / 37
     parameters = filled(shape, rank=4, alpha=8, targets="all-linear", seed=1)
-    chosen = {"rank": 4, "alpha": 8, "targets": "all-linear"}
+    chosen: dict[str, Any] = {"rank": 4, "alpha": 8, "targets": "all-linear"}
     exact = peft_model(path, parameters, **chosen, base=rounded(path))
     total, count, expected = reference(exact, rows, scale)
 
