@@ -27,7 +27,6 @@ from flexbatch.scheduler.steps import Step
 from flexbatch.scheduler.sweep import MicroBatch
 
 _ALIGNMENT = 64
-_AHEAD = 4  # files of adapters that the disk is asked for while one is read
 
 
 class BoundAdapters(Protocol):
@@ -244,11 +243,7 @@ class _Files:
 
     def read(self) -> None:
         batch = self._batches.popleft()
-        for name, _ in batch[:_AHEAD]:
-            self._reader.announce(self._adapters[name])
-        for number, (name, start) in enumerate(batch):
-            for later, _ in batch[number + _AHEAD : number + _AHEAD + 1]:
-                self._reader.announce(self._adapters[later])
+        for name, start in batch:
             adapter = self._adapters[name]
             layout = self._kinds.layout(adapter.parts)
             region = self._flat[start : start + layout.elements]

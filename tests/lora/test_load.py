@@ -31,11 +31,6 @@ def test_one_bad_number_is_found_anywhere(dtype: torch.dtype) -> None:
             assert not is_finite(wrong)
 
 
-def test_announcing_a_file_says_nothing_of_what_is_wrong_with_it(tmp_path: Path) -> None:
-    adapter = Adapter("gone", tmp_path / "gone.safetensors", 10, ())
-    FactorReader.announce(adapter)
-
-
 def modules(layers: int) -> dict[str, Module]:
     """Two linears a layer, of which the first has two parts; an embedding before and a head behind them."""
     found = [Module("head", layers + 1, "head", 0, 24, 56, 0)]
