@@ -2,6 +2,7 @@
 
     python benchmarks/lora_scale.py make --model DIR --adapters DIR [--count 1000]     write random adapters
     python benchmarks/lora_scale.py run --model DIR --adapters DIR --system flexbatch|peft|merge --counts 5,100
+    python benchmarks/lora_scale.py together --model DIR --adapters DIR --counts 0,5,1000   ours, in turn in one process
     python benchmarks/lora_scale.py open --model DIR --adapters DIR                     time to open all of them
     python benchmarks/lora_scale.py sum --output FILE                                   ratios of what FILE holds
 
@@ -25,6 +26,7 @@ import random
 import statistics
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +123,36 @@ def run_flexbatch(options: argparse.Namespace, count: int) -> dict[str, Any]:
         "peak_bytes": stats["peak_bytes"]["cpu"],
         "extra_s": extra,
         "products_s": products,
+    }
+
+
+def run_together(options: argparse.Namespace, counts: Sequence[int]) -> dict[str, Any]:
+    """Jobs of all ``counts`` in turn in one process, ``--rounds`` times: ratios that hold on a machine that drifts.
+
+    Two sets of adapters of each count take turns, so that each job reads its own, into memory that is not new.
+    """
+    vocab = json.loads((Path(options.model) / "config.json").read_text())["vocab_size"]
+    settings: dict[str, Any] = {"device": "cpu", "adapter_memory": options.adapter_memory, "dtype": options.dtype}
+    params = SamplingParams(max_tokens=options.new, ignore_eos=True)
+    jobs = {count: work(options, count, vocab) for count in counts}
+    seconds: dict[int, list[float]] = {count: [] for count in counts}
+    extra: dict[int, float] = {}
+    with LLM(options.model, lora_dir=options.adapters, **settings) as llm:
+        for number in range(options.rounds + 1):
+            for count, (prompts, names) in jobs.items():
+                started = time.perf_counter()
+                llm.generate(prompts, params, lora=names if number % 2 else others(options, names))
+                if number:  # before, memory is new
+                    seconds[count].append(time.perf_counter() - started)
+    for count, (_, names) in jobs.items():
+        extra[count] = adapter_seconds(options, names)[0]
+    middle = {count: statistics.median(each) for count, each in seconds.items()}
+    base = middle.get(0)
+    return {
+        "seconds": seconds,
+        "tok_s": {count: options.rows * options.new / each for count, each in middle.items()},
+        "extra_s": extra,
+        "to_their_cost": {count: (base + extra[count]) / middle[count] for count in counts} if base else None,
     }
 
 
@@ -296,7 +328,7 @@ def summary(report: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     """Do one of the four, and print or add to a JSON file what was measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("make", "run", "open", "sum"))
+    parser.add_argument("what", choices=("make", "run", "together", "open", "sum"))
     parser.add_argument("--model")
     parser.add_argument("--adapters", type=Path)
     parser.add_argument("--system", choices=("flexbatch", "peft", "merge"), default="flexbatch")
@@ -305,6 +337,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--new", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=4, help="of jobs that take turns in one process")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--adapter-memory", help="the arena's size (default: as the plan has it)")
     parser.add_argument("--sizes", type=lambda text: [int(size) for size in text.split(",")], default=[32, 64, 128])
@@ -326,6 +359,9 @@ def main() -> None:
     if options.what == "sum":
         report["ratios"] = summary(report)
         print(json.dumps(report["ratios"], indent=1))
+    elif options.what == "together":
+        report["together"] = run_together(options, [int(text) for text in options.counts.split(",")])
+        print(json.dumps(report["together"], indent=1))
     elif options.what == "open":
         report["open"] = open_all(options)
         print(json.dumps(report["open"], indent=1))

@@ -3,9 +3,9 @@
 With y = x W' + s u B' and u = x A', backward reads x and dy only: du = s dy B, dB = s dy' u, dA = du' x,
 dx = dy W + du A. Frozen weights get no gradient, so the input of a linear without an adapter is not kept.
 
-Factors and the sums of their gradients are fp32. Where activations are bf16, factors are rounded to it for each product
-as under autocast, which takes a quarter of the time of fp32 (that would be a fifth of a step). fp16 has too small a
-range for gradients that nobody scales, so that its activations are widened instead.
+Factors and the sums of their gradients are fp32. Where activations are bf16 and the processor multiplies it, factors
+are rounded to it for each product as under autocast: a quarter of the time of fp32, which would be a fifth of a step.
+fp16 has too small a range for gradients that nobody scales, so that its activations are widened instead.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from flexbatch.finetune.dropout import Dropout
 from flexbatch.finetune.parameters import LinearFactors
-from flexbatch.kernels.linear import Weight, linear, linear_backward
+from flexbatch.kernels.linear import Weight, has_onednn, linear, linear_backward
 from flexbatch.kernels.rotary import apply_rotary
 from flexbatch.memory.weights import Operand
 
@@ -110,7 +110,8 @@ class AdaptedProduct:
         return dx
 
     def _inner(self, x: Tensor, factors: LinearFactors) -> Tensor:
-        dtype = x.dtype if x.dtype == torch.bfloat16 else factors.a.dtype
+        narrow = x.dtype == torch.bfloat16 and (x.device.type != "cpu" or has_onednn(x))
+        dtype = x.dtype if narrow else factors.a.dtype
         x, a = x.to(dtype), factors.a.to(dtype)
         if self.dropout is None:
             return x @ a.t()

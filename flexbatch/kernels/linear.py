@@ -36,7 +36,7 @@ def pack(weight: Tensor) -> Tensor:
     In fp32, and in bf16 where oneDNN has it. Up to twice as fast with few rows, a sixth with many. Takes as many bytes
     as ``weight``, which is returned as it is where there is no such layout.
     """
-    if not _has_onednn(weight):
+    if not has_onednn(weight):
         return weight
     if any(size % multiple for size, multiple in zip(weight.shape, _PACK_MULTIPLES[weight.dtype], strict=True)):
         return weight
@@ -58,7 +58,7 @@ def linear(x: Tensor, parts: Sequence[Weight], bias: Tensor | None = None) -> Te
     on_cpu = x.device.type == "cpu"
     if not on_cpu and any(isinstance(part, Packed) for part in parts):
         return _packed_on_gpu(x, parts, bias)
-    blocked = _has_onednn(x)
+    blocked = has_onednn(x)
     turned = blocked and _pays_turned(tokens)
     plain = len(parts) == 1 and isinstance(first, Tensor) and first.dtype == x.dtype
     if plain and isinstance(first, Tensor) and not turned and (blocked or not on_cpu or tokens > _FEW_ROWS):
@@ -112,7 +112,7 @@ def _backward_product(left: Tensor, right: Tensor) -> Tensor:
 
     In bf16 torch's own product is oneDNN's.
     """
-    if _has_onednn(left) and left.dtype == torch.float32:
+    if has_onednn(left) and left.dtype == torch.float32:
         return _onednn(left.contiguous(), right.t(), None)
     return left @ right
 
@@ -177,7 +177,7 @@ def _in_blocks(weight: Weight) -> TypeGuard[Tensor]:
     return isinstance(weight, Tensor) and weight.is_mkldnn
 
 
-def _has_onednn(operand: Tensor) -> bool:
+def has_onednn(operand: Tensor) -> bool:
     """Whether oneDNN multiplies operands like this one: in bf16 not on every CPU."""
     if operand.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
