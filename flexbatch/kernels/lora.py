@@ -220,15 +220,14 @@ def _inner(x: Tensor, adapter: int, modules: Sequence[FlatFactors]) -> Sequence[
 def _few(own: Tensor, groups: RowGroups, factors: FlatFactors) -> Tensor:
     """What the adapters of the few rows make of them, [R, out]."""
     pattern = groups.pattern(factors.ranks)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # sparse tensors announce that they are new
-        wanted = torch.sparse_csr_tensor(
-            pattern.starts,
-            pattern.columns(factors.a_rows),
-            own.new_zeros(len(pattern.steps)),
-            size=(own.shape[0], factors.a.shape[0]),
-            check_invariants=False,
-        )
+    _announced()
+    wanted = torch.sparse_csr_tensor(
+        pattern.starts,
+        pattern.columns(factors.a_rows),
+        own.new_zeros(len(pattern.steps)),
+        size=(own.shape[0], factors.a.shape[0]),
+        check_invariants=False,
+    )
     # only the wanted products of x and a, then sums of the rows of b that they weigh
     inner = torch.sparse.sampled_addmm(wanted, own, factors.a.t(), beta=0.0).values()
     inner.mul_(torch.from_numpy(factors.scales[pattern.owners]))
@@ -240,6 +239,14 @@ def _few(own: Tensor, groups: RowGroups, factors: FlatFactors) -> Tensor:
         per_sample_weights=inner,
         include_last_offset=True,
     )
+
+
+@functools.cache
+def _announced() -> None:
+    """Let torch say once, to nobody, that sparse tensors are new."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor(torch.tensor([0, 1]), torch.tensor([0]), torch.ones(1), size=(1, 1))
 
 
 def add_paged(y: Tensor, x: Tensor, groups: RowGroups, factors: PagedFactors) -> None:

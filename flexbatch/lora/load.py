@@ -13,7 +13,7 @@ from torch import Tensor
 from flexbatch.checkpoint.tensors import DTYPES
 from flexbatch.lora.adapter import Adapter, UnreadableAdapterError
 from flexbatch.lora.runs import Run
-from flexbatch.memory.aligned import align_down, align_up, aligned_buffer, aligned_bytes
+from flexbatch.memory.aligned import BLOCK, align_down, align_up, aligned_buffer, aligned_bytes
 from flexbatch.memory.blockio import BlockFile
 
 Place = Callable[[Run], Tensor]
@@ -33,22 +33,46 @@ class FactorReader:
     def read(self, adapter: Adapter, runs: Sequence[Run], place: Place) -> None:
         """Fill what ``place`` gives for every run, [count, rank, width]: each factor a, and each b transposed.
 
-        One call of torch a run: beside a thread that issues small products every call gives the interpreter away and
-        waits to get it back. Raises UnreadableAdapterError where the file has changed since it was opened, is cut
-        short, or holds a number that is not finite.
+        Raises UnreadableAdapterError where the file has changed since it was opened or is cut short.
         """
-        begin = align_down(min(run.first.offset for run in runs))
-        end = max(run.first.offset + (run.count - 1) * run.step + run.first.nbytes for run in runs)
-        if self._buffer.numel() < end - begin:
-            self._buffer = aligned_buffer(align_up(end - begin))
-        self._fill(adapter, begin, end - begin)
+        begin, nbytes = _stretch(runs)
+        self._reserve(nbytes)
+        self._fill(adapter, begin, nbytes, self._buffer)
+        self._lay(runs, begin, place)
+
+    def fetch(self, adapter: Adapter, runs: Sequence[Run], room: Tensor) -> Tensor | None:
+        """The first half of ``read``: only what the disk does, into a part of ``room`` (uint8), which is returned.
+
+        None, and nothing is done, if the file's bytes do not fit into a room of this size and place.
+        """
+        begin, nbytes = _stretch(runs)
+        first = -room.data_ptr() % BLOCK
+        if first + align_up(nbytes) > room.numel():
+            return None
+        raw = room[first : first + align_up(nbytes)]
+        self._fill(adapter, begin, nbytes, raw)
+        return raw
+
+    def spread(self, raw: Tensor, runs: Sequence[Run], place: Place) -> None:
+        """The second half: what ``fetch`` returned goes where it belongs, which may be where it lies."""
+        begin, nbytes = _stretch(runs)
+        self._reserve(nbytes)
+        self._buffer[:nbytes].copy_(raw[:nbytes])
+        self._lay(runs, begin, place)
+
+    def _lay(self, runs: Sequence[Run], begin: int, place: Place) -> None:
+        """One call of torch a run: each that is made beside a thread of small products waits for the interpreter."""
         for run in runs:
             source = self._source(run, begin)
             place(run).copy_(source.transpose(1, 2) if run.turned else source)
 
-    def _fill(self, adapter: Adapter, begin: int, nbytes: int) -> None:
-        """Bring ``nbytes`` of the file from block ``begin`` on to the buffer."""
-        target = aligned_bytes(self._buffer)[: align_up(nbytes)]
+    def _reserve(self, nbytes: int) -> None:
+        if self._buffer.numel() < nbytes:
+            self._buffer = aligned_buffer(align_up(nbytes))
+
+    def _fill(self, adapter: Adapter, begin: int, nbytes: int, room: Tensor) -> None:
+        """Bring ``nbytes`` of the file from block ``begin`` on to ``room``."""
+        target = aligned_bytes(room)[: align_up(nbytes)]
         try:
             with closing(BlockFile(os.open(adapter.file, os.O_RDONLY | os.O_CLOEXEC), str(adapter.file))) as file:
                 if file.size != adapter.size:
@@ -71,6 +95,12 @@ class FactorReader:
             return raw.view(dtype).as_strided((run.count, rows, columns), strides)
         whole = raw.as_strided((run.count, run.first.nbytes), (run.step, 1)).clone()  # not at whole elements
         return whole.view(dtype).view(run.count, rows, columns)
+
+
+def _stretch(runs: Sequence[Run]) -> tuple[int, int]:
+    """The block of the file where the factors of ``runs`` begin, and how many bytes from there on hold them all."""
+    begin = align_down(min(run.first.offset for run in runs))
+    return begin, max(run.first.offset + (run.count - 1) * run.step + run.first.nbytes for run in runs) - begin
 
 
 def is_finite(numbers: Tensor) -> bool:

@@ -7,7 +7,8 @@ adapter is where is the scheduler's decision (``scheduler.adapters``).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -96,8 +97,11 @@ class FlatStore:
             self._files.queue([(name, self._start(name)) for name in names])
 
     def read(self, step: Step) -> None:  # noqa: ARG002  the same for all
-        """Disk to arena."""
-        self._files.read()
+        """Disk to arena; factors are laid out there by the thread that needs them.
+
+        Done beside products that use every processor, it would hold them all up whenever it takes one from them.
+        """
+        self._files.fetch()
 
     def up(self, step: Step) -> None:
         """Nothing: the arena is the pool."""
@@ -109,7 +113,7 @@ class FlatStore:
             return None
         parts = [self._adapters[name].parts for name in rows.names]
         bases = [self._kinds.layout(own).bases(self._start(name), self._index) for name, own in _zip(rows.names, parts)]
-        return FlatTable(rows, self._index, self._kinds.gather(parts), bases, self._rows)
+        return FlatTable(rows, self._index, self._kinds.gather(parts), bases, self._rows, self._files.lay)
 
     def _start(self, name: str) -> int:
         return self._cache.start(name) // self.dtype.itemsize
@@ -229,6 +233,8 @@ class _Files:
         self._index = index
         self._flat = flat
         self._reader = FactorReader()
+        self._layer_out = FactorReader()  # of another thread
+        self._fetched: dict[str, tuple[int, Tensor]] = {}  # where each is to lie, and its bytes as the file has them
         self._batches: deque[list[tuple[str, int]]] = deque()
         self.failures: dict[str, AdapterError] = {}
 
@@ -242,18 +248,43 @@ class _Files:
             self._batches.append(batch)
 
     def read(self) -> None:
-        batch = self._batches.popleft()
-        for name, start in batch:
-            adapter = self._adapters[name]
-            layout = self._kinds.layout(adapter.parts)
-            region = self._flat[start : start + layout.elements]
-            try:
-                self._reader.read(adapter, layout.runs, self._place(layout.stretches(start, self._index)))
-                if not is_finite(region):
-                    raise UnreadableAdapterError(f"adapter {adapter.file}: holds numbers that are not finite")
-            except AdapterError as error:
-                region.zero_()
-                self.failures[name] = error
+        """Read the next batch and lay its factors out."""
+        for name, start in self._batches.popleft():
+            with self._filling(name, start) as (adapter, runs, _, place):
+                self._reader.read(adapter, runs, place)
+
+    def fetch(self) -> None:
+        """Read the next batch; what the disk brings rests in the adapters' own memory, if it fits, until ``lay``."""
+        for name, start in self._batches.popleft():
+            self._fetched.pop(name, None)
+            with self._filling(name, start) as (adapter, runs, region, place):
+                raw = self._reader.fetch(adapter, runs, region.view(torch.uint8))
+                if raw is None:
+                    self._reader.read(adapter, runs, place)
+                else:
+                    self._fetched[name] = start, raw
+
+    def lay(self, names: Sequence[str]) -> None:
+        """Lay out the factors of adapters that were fetched: the processor's part, for the thread of the products."""
+        for name in names:
+            if name in self._fetched:
+                start, raw = self._fetched.pop(name)
+                with self._filling(name, start) as (_, runs, _, place):
+                    self._layer_out.spread(raw, runs, place)
+
+    @contextmanager
+    def _filling(self, name: str, start: int) -> Iterator[tuple[Adapter, Sequence[Run], Tensor, Place]]:
+        """Do something to an adapter's memory; if that fails it is zeros, and the adapter is among the failures."""
+        adapter = self._adapters[name]
+        layout = self._kinds.layout(adapter.parts)
+        region = self._flat[start : start + layout.elements]
+        try:
+            yield adapter, layout.runs, region, self._place(layout.stretches(start, self._index))
+            if name not in self._fetched and not is_finite(region):
+                raise UnreadableAdapterError(f"adapter {adapter.file}: holds numbers that are not finite")
+        except AdapterError as error:
+            region.zero_()
+            self.failures[name] = error
 
     def _place(self, stretches: Ints) -> Place:
         def place(run: Run) -> Tensor:

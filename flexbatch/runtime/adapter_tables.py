@@ -66,7 +66,10 @@ class Kinds(Generic[_Layout]):
 
 
 class FlatTable:
-    """Adapters in flat memory; ``bases``: for each, the first row of every width; ``memory``: it all, by width."""
+    """Adapters in flat memory; ``bases``: for each, the first row of every width; ``memory``: it all, by width.
+
+    ``lay`` is told their names before they are first read: it brings to their places what is there but not laid out.
+    """
 
     def __init__(
         self,
@@ -75,6 +78,7 @@ class FlatTable:
         gathered: Gathered,
         bases: Sequence[Ints],
         memory: Mapping[int, Tensor],
+        lay: Callable[[Sequence[str]], None],
     ) -> None:
         self._rows = rows
         self._index = index
@@ -82,12 +86,17 @@ class FlatTable:
         self._bases = np.stack(bases, axis=1)  # [widths, adapters]
         self._own_bases = list(bases)
         self._memory = memory
+        self._lay = lay
+        self._laid = False
 
     def add(self, group: int, linear: str, x: Tensor, y: Tensor) -> None:
         """Add what the adapters make of x [T, in] to y [T, out], in place."""
         numbers = [n for n in self._index.by_linear.get((group, linear), ()) if self._gathered.changed[n]]
         if not numbers:
             return
+        if not self._laid:
+            self._lay(self._rows.names)
+            self._laid = True
         wide = y if y.dtype == torch.float32 else y.float()
         modules = [self._index.modules[number] for number in numbers]
         outputs = [wide[:, module.column : module.column + module.out_features] for module in modules]
@@ -113,7 +122,7 @@ class FlatTable:
         chosen = self._rows.select(rows)
         if chosen is None:
             return None
-        return FlatTable(chosen, self._index, self._gathered, self._own_bases, self._memory)
+        return FlatTable(chosen, self._index, self._gathered, self._own_bases, self._memory, self._lay)
 
 
 class PagedTable:
