@@ -13,7 +13,7 @@ from flexbatch.lora.adapter import Adapter, AdapterPart, Factor
 from flexbatch.lora.layout import FlatLayout, ImageLayout, ModuleIndex
 from flexbatch.lora.load import FactorReader, is_finite
 from flexbatch.lora.modules import Module
-from flexbatch.lora.runs import runs_of
+from flexbatch.lora.runs import Run, runs_of
 
 Expected = dict[tuple[str, str], torch.Tensor]
 
@@ -121,3 +121,34 @@ def test_layers_that_are_alike_are_one_copy_a_factor(tmp_path: Path) -> None:
     counts = [run.count for run in ImageLayout.of(adapter.parts, index).runs]
     assert sum(counts) == 72
     assert len(counts) <= 24
+
+
+@pytest.mark.parametrize("types", [("F16",), ("BF16", "F16")])
+def test_what_was_fetched_to_its_own_place_is_spread_from_there(types: tuple[str, ...], tmp_path: Path) -> None:
+    """In two halves through the memory that the factors then fill; where that is too small nothing is touched."""
+    index = ModuleIndex({each.name: each for each in modules(200).values()})
+    adapter, _ = written(tmp_path / "adapter.safetensors", [(module, 16) for module in index.modules], types, 0)
+    layout = FlatLayout.of(adapter.parts, index)
+    stretches = layout.stretches(0, index)
+
+    def filled(memory: torch.Tensor, halves: bool) -> torch.Tensor:
+        def place(run: Run) -> torch.Tensor:
+            strides = (run.stride, run.shape[2], 1)
+            return memory.as_strided(run.shape, strides, int(stretches[run.stretch]) + run.place)
+
+        reader = FactorReader()
+        if halves:
+            raw = reader.fetch(adapter, layout.runs, memory.view(torch.uint8))
+            assert raw is not None
+            assert memory.untyped_storage().data_ptr() <= raw.data_ptr()
+            FactorReader().spread(raw, layout.runs, place)
+        else:
+            reader.read(adapter, layout.runs, place)
+        return torch.cat([place(run).flatten() for run in layout.runs])
+
+    one, other = (torch.full((layout.elements,), torch.nan) for _ in range(2))
+    assert torch.equal(filled(one, True), filled(other, False))
+
+    small = torch.full((adapter.size // 2,), 7, dtype=torch.uint8)
+    assert FactorReader().fetch(adapter, layout.runs, small) is None
+    assert bool((small == 7).all())
