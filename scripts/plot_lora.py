@@ -1,6 +1,6 @@
 """Draws throughput over the number of LoRA adapters from what ``benchmarks/lora_scale.py`` wrote.
 
-python scripts/plot_lora.py benchmarks/results/lora_scale.json docs/lora_scale.svg
+python scripts/plot_lora.py benchmarks/results/lora_scale.json docs/lora_scale.svg [--label LABEL]
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any
 
 NAMES = {
     "flexbatch": "flexbatch",
-    "flexbatch_small_arena": "flexbatch, an arena of 1 GB",
     "peft": "PEFT, mixed batches",
     "merge": "PEFT, merged one by one",
 }
@@ -23,26 +22,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("report", type=Path)
     parser.add_argument("picture", type=Path)
+    parser.add_argument("--label", default="turns", help="the name of the figures in the report")
     options = parser.parse_args()
-    draw(json.loads(options.report.read_text(encoding="utf-8")), options.picture)
+    draw(json.loads(options.report.read_text(encoding="utf-8"))[options.label], options.picture)
 
 
-def draw(report: dict[str, Any], picture: Path) -> None:
-    """One line a system; the base model alone is the dashed line."""
+def draw(runs: dict[str, Any], picture: Path) -> None:
+    """One line a system; the base model alone, as it was measured beside each count, is dashed."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6, 3.6))
+    counts = sorted((int(count) for count in runs), key=int)
+    base = [(count, runs[str(count)]["tok_s"]["base"]) for count in counts if "base" in runs[str(count)]["tok_s"]]
+    if base:
+        axes.plot(*zip(*base, strict=True), linestyle="--", color="grey", label="flexbatch, base model alone")
     for system, label in NAMES.items():
-        runs = {int(count): run["tok_s"] for count, run in report.get(system, {}).items() if int(count)}
-        if runs:
-            counts = sorted(runs)
-            axes.plot(counts, [runs[count] for count in counts], marker="o", label=label)
-    base = report.get("flexbatch", {}).get("0")
-    if base is not None:
-        axes.axhline(base["tok_s"], linestyle="--", color="grey", label="flexbatch, base model alone")
+        own = [(count, runs[str(count)]["tok_s"][system]) for count in counts if system in runs[str(count)]["tok_s"]]
+        if own:
+            axes.plot(*zip(*own, strict=True), marker="o", label=label)
     axes.set_xscale("log")
     axes.set_xlabel("adapters that rows choose from")
     axes.set_ylabel("new tokens/s")
