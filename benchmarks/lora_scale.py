@@ -15,7 +15,7 @@ one pass over the factors for every decoding row cost at rates measured in the s
 and that take, over what was taken; ``kernel_s`` are seconds of the operating system. Figures are added to those of
 other counts in ``--output``.
 
-``first`` runs each count in a process of its own, whose memory is new to it.
+``first`` runs each count in a process of its own (``one``), whose memory is new to it.
 """
 
 from __future__ import annotations
@@ -249,7 +249,7 @@ def open_all(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Do one of the four, and print or add to a JSON file what was measured."""
+    """Do what is asked, and print or add to a JSON file what was measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("make", "turns", "first", "one", "open"))
     parser.add_argument("--model", required=True)
