@@ -25,6 +25,21 @@ settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
 
 
+@pytest.fixture(params=["compiled", "by_torch"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Either set of a CPU's kernels: those that are compiled, and what serves where nothing can be."""
+    import torch
+
+    from flexbatch.kernels import native
+
+    if request.param == "by_torch":
+        monkeypatch.setattr(native, "usable", lambda _: False)
+    else:
+        assert native.usable(torch.float32)
+    chosen: str = request.param
+    return chosen
+
+
 class _FailuresAtOnce:
     """Shows a failure when it happens: should a later test hang, it would not be shown at the end."""
 

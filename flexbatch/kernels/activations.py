@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from flexbatch.kernels import native
+
 
 def _gelu_new(x: Tensor) -> Tensor:
     return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
@@ -44,3 +46,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def activate(name: str, x: Tensor) -> Tensor:
     """Return ``name`` applied to every element of ``x``."""
     return ACTIVATIONS[name](x)
+
+
+def gated(name: str, gate_up: Tensor) -> Tensor:
+    """[T, 2 * width]: gates, then what they weigh -> ``name`` of the gates, times the others [T, width]."""
+    if ACTIVATIONS[name] is functional.silu and native.serves(gate_up):
+        from flexbatch.kernels import rows_numba  # Numba is there only where it is needed
+
+        return rows_numba.gated_silu(gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return activate(name, gate).mul_(up)

@@ -1,7 +1,8 @@
 """Attention of ragged batches over a paged KV cache: batched products over pages, no loop over decoding tokens.
 
-Decoding rows (one token each) are computed together: every page is one small matrix product with the queries of its
-sequence, and the pages' partial softmaxes are merged as in FlashAttention (Dao et al., 2022) and its split-K variant.
+Decoding rows (one token each) are computed together, by a compiled kernel (``kernels.paged_numba``) or, where there is
+none, by torch: every page is one small matrix product with the queries of its sequence, and the pages' partial
+softmaxes are merged as in FlashAttention (Dao et al., 2022) and its split-K variant.
 Pages that several sequences begin with are read once for all of them (``kernels.cascade``).
 Prompt chunks go one by one through torch's fused kernel. A device that has kernels of its own (``kernels.paged``) gives
 all of it to them. Knows nothing of sequences; it sees index tensors.
@@ -9,13 +10,15 @@ all of it to them. Knows nothing of sequences; it sees index tensors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
+from flexbatch.kernels import native
 from flexbatch.kernels.cascade import SharedContext, attend_rest, attend_shared, common_pages, merged
 from flexbatch.kernels.kv4_near import NearIndex, near_index
 from flexbatch.kernels.paged import PagedQueries, attend_paged, has_kernels, index_queries
@@ -76,8 +79,9 @@ class PageBatch:
 class AttentionBatch:
     """Everything about one micro-batch that attention needs in every layer with the same window.
 
-    Either ``paged``, for the kernels of a device that has some, or ``spans`` and ``pages``, for this module's products,
-    with the ``contexts`` that they skip. ``near``: what attention over 4 bits reads more precisely.
+    Either ``paged``, for the kernels of a device that has some, or ``spans`` for this module's products, with the
+    ``contexts`` that they skip, and rows of one token as ``decoding``, for a compiled kernel, or as ``pages``.
+    ``near``: what attention over 4 bits reads more precisely.
     """
 
     spans: tuple[Span, ...]
@@ -86,6 +90,7 @@ class AttentionBatch:
     paged: tuple[PagedQueries, ...] = ()
     contexts: tuple[SharedContext, ...] = ()
     near: NearIndex | None = None
+    decoding: PagedQueries | None = None
 
     def to(self, device: torch.device) -> AttentionBatch:
         """The same with its tensors on ``device``, copied on its current stream."""
@@ -119,6 +124,9 @@ def prepare(
     if has_kernels(device):
         groups = [group for group in (singles, chunks) if group]
         return AttentionBatch((), None, window, tuple(_paged(group, page_tokens, window) for group in groups), (), near)
+    if singles and not packed and native.usable(dtype):
+        queries = _paged(singles, page_tokens, window)
+        return AttentionBatch(chunks, None, window, contexts=contexts, decoding=queries)
     pages = _page_batch(singles, page_tokens, window, dtype) if singles else None
     return AttentionBatch(chunks, pages, window, contexts=contexts, near=near)
 
@@ -131,10 +139,12 @@ def attend(batch: AttentionBatch, layer: Tensor, q: Tensor, k: Tensor, v: Tensor
     """
     if batch.paged:
         return attend_paged(batch.paged, layer, q, scale)
-    out = torch.empty_like(q)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     logs = (
         q.new_empty(q.shape[:2], dtype=torch.float32) if batch.contexts else None
     )  # of the sums behind what is shared
+    if batch.decoding is not None:
+        _compiled_kernel()(out, logs, batch.decoding, layer, q, scale)
     if batch.pages is not None:
         out[batch.pages.rows], log = _attend_pages(batch.pages, layer, q[batch.pages.rows], scale)
         if logs is not None:
@@ -246,12 +256,19 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
+@functools.cache
+def _compiled_kernel() -> Callable[[Tensor, Tensor | None, PagedQueries, Tensor, Tensor, float], None]:
+    from flexbatch.kernels.paged_numba import attend_decoding  # Numba is there only where it is needed
+
+    return attend_decoding
+
+
 def _paged(spans: Sequence[Span], page_tokens: int, window: int | None) -> PagedQueries:
     return index_queries(
         rows=[span.row for span in spans],
-        starts=[span.start for span in spans],
+        starts=[span.start - span.skip * page_tokens for span in spans],
         counts=[span.count for span in spans],
-        tables=[span.pages for span in spans],
+        tables=[span.pages[span.skip :] for span in spans],
         page_tokens=page_tokens,
         window=window,
     )

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from flexbatch.kernels import native
 from flexbatch.shapes import Rope
 
 # Rows are always computed in blocks of this many, so that an entry never depends on how far a table has grown.
@@ -109,6 +110,10 @@ class RotaryTable:
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """[T, heads, dim], cos and sin [T, dim / 2] -> [T, heads, dim]: the halves of each head turned, in x's dtype."""
+    if native.serves(x):
+        from flexbatch.kernels import rows_numba  # Numba is there only where it is needed
+
+        return rows_numba.rotate(x, cos, sin)
     cos, sin = cos.to(x.dtype).unsqueeze(1), sin.to(x.dtype).unsqueeze(1)
     first, second = x.chunk(2, dim=-1)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from flexbatch.kernels.activations import activate
+from flexbatch.kernels.activations import gated
 from flexbatch.kernels.norms import rms_norm
 from flexbatch.models.spec import GroupSpec, LayerContext, LinearPart, LinearSpec, VectorSpec, WeightTable
 from flexbatch.shapes import ModelShape
@@ -87,8 +87,8 @@ class LlamaFamily:
     def finish(self, ctx: LayerContext, x: Tensor, attended: Tensor) -> Tensor:
         """[T, hidden], attended [T, heads, head_dim] -> the layer's output [T, hidden]."""
         x = ctx.linear("out", attended.flatten(1)).add_(x)
-        gate, up = ctx.linear("gate_up", rms_norm(x, ctx.vector("mlp_norm"), ctx.shape.norm_eps)).chunk(2, dim=-1)
-        return ctx.linear("down", activate(ctx.shape.activation, gate).mul_(up)).add_(x)
+        gate_up = ctx.linear("gate_up", rms_norm(x, ctx.vector("mlp_norm"), ctx.shape.norm_eps))
+        return ctx.linear("down", gated(ctx.shape.activation, gate_up)).add_(x)
 
     def head(self, ctx: LayerContext, x: Tensor) -> Tensor:
         """[T, hidden] -> logits [T, vocab]."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flexbatch.compression.groups import PackedLayout
-from flexbatch.kernels.activations import activate
+from flexbatch.kernels.activations import gated
 from flexbatch.kernels.attention import Span, attend, prepare
 from flexbatch.kernels.kv4 import Tokens, attend_packed, store_packed
 from flexbatch.kernels.kv4_basis import Basis
@@ -160,9 +160,8 @@ def elementwise(bench: Bench, dtype: torch.dtype) -> Probe:
             weight = torch.ones(hidden, device=bench.torch_device).to(dtype)
 
         def work(_: int) -> None:
-            gate, up = gate_up.chunk(2, dim=-1)
             _drop(rms_norm(x, weight, 1e-5).add_(y))
-            _drop(activate("silu", gate).mul_(up))
+            _drop(gated("silu", gate_up))
 
         watch = bench.watch()
         passed = rows * (5 * hidden + 5 * inner) * dtype.itemsize
@@ -311,8 +310,8 @@ def steps(bench: Bench, dtype: torch.dtype) -> Probe:
                 _drop(apply_rotary(heads.split((3, 1), dim=1)[0], angles[0], angles[1]))
             else:
                 state = linear(x, out).add_(x)
-                gate, up = linear(rms_norm(state, scale, 1e-5), gate_up).chunk(2, dim=-1)
-                _drop(linear(activate("silu", gate).mul_(up), down).add_(state))
+                inner = gated("silu", linear(rms_norm(state, scale, 1e-5), gate_up))
+                _drop(linear(inner, down).add_(state))
 
         executor = Executor({"finish": handle}, bench.device, Trace(keep=False), overlap=True)
         watch = Stopwatch(bench.device, bench.tier)

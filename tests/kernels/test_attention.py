@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 
+from flexbatch.kernels import native
 from flexbatch.kernels.attention import Span, attend, prepare
 
 
@@ -32,6 +33,7 @@ def brute_force(
     return out
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("window", [None, 1, 5, 40])
 @pytest.mark.parametrize("seed", range(8))
 def test_equals_brute_force(seed: int, window: int | None) -> None:
@@ -66,7 +68,8 @@ def test_equals_brute_force(seed: int, window: int | None) -> None:
     torch.testing.assert_close(attended.double(), brute_force(histories, spans, q, 0.3, window), atol=2e-5, rtol=1e-4)
 
 
-def test_pages_that_lie_together_are_read_in_place() -> None:
+def test_pages_that_lie_together_are_read_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "usable", lambda _: False)
     together = prepare([Span(0, 1, 100, [3, 4]), Span(1, 1, 60, [5])], 64, None, torch.float32)
     apart = prepare([Span(0, 1, 600, list(range(100, 0, -10)))], 64, None, torch.float32)
     assert together.pages is not None
@@ -76,6 +79,7 @@ def test_pages_that_lie_together_are_read_in_place() -> None:
     assert apart.pages.gather is not None
 
 
+@pytest.mark.usefixtures("kernels")
 def test_pages_of_nobody_inside_the_range_do_not_matter() -> None:
     torch.manual_seed(0)
     pool = torch.randn(4, 2, 2, 8, 16)
@@ -87,6 +91,7 @@ def test_pages_of_nobody_inside_the_range_do_not_matter() -> None:
     assert torch.equal(before, attend(batch, pool, q, k, v, 1.0))
 
 
+@pytest.mark.usefixtures("kernels")
 def test_a_shared_page_serves_every_sequence() -> None:
     torch.manual_seed(0)
     pool = torch.randn(4, 1, 2, 8, 16)
