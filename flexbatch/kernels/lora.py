@@ -19,8 +19,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from flexbatch.kernels import native
+
 BACKENDS: dict[str, str] = {"cuda": "flexbatch.kernels.lora_triton"}
 """Device type -> the module with its kernels, imported when first used (see ``LoraBackend``)."""
+
+COMPILED = "flexbatch.kernels.lora_numba"
+"""The module with a CPU's compiled kernels, imported when first used: there may be no Numba."""
 
 _RUNS = 8  # of rows, up to which each is added on its own: adding to scattered rows is many times slower
 _FEW = 8  # rows of one adapter from which on products of their own are faster than the sparse ones of all adapters
@@ -29,6 +34,20 @@ _DISTINCT = 0.75  # adapters to a row, below which rows are put side by side by 
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class ByAdapter:
+    """Rows ``order`` [R], those of one adapter side by side, and its ``owners`` [R].
+
+    The ``counts[i]`` rows of ``adapters[i]`` begin at place ``firsts[i]``.
+    """
+
+    order: Ints
+    owners: Ints
+    adapters: Ints
+    firsts: Ints
+    counts: Ints
 
 
 @dataclass(slots=True)
@@ -50,11 +69,24 @@ class RowGroups:
     runs: list[tuple[int, int, int]]
     back: Tensor | None
     _patterns: dict[bytes, _Pattern] = field(default_factory=dict)
+    _by_adapter: ByAdapter | None = None
 
     @property
     def first_few(self) -> int:
         """Where in the order the few rows begin."""
         return len(self.order) - len(self.owners)
+
+    def by_adapter(self) -> ByAdapter:
+        """All rows, those of one adapter side by side; found once."""
+        if self._by_adapter is None:
+            many = [np.full(stop - first, adapter) for adapter, first, stop in (*self.spans, *self.many)]
+            together = [np.arange(first, stop) for _, first, stop in self.spans]
+            owners = np.concatenate([*many, self.owners])
+            sort = np.argsort(owners, kind="stable")
+            adapters, firsts, counts = np.unique(owners[sort], return_index=True, return_counts=True)
+            order = np.concatenate([*together, self.order.numpy()])[sort]
+            self._by_adapter = ByAdapter(order, owners[sort], adapters, firsts, counts)
+        return self._by_adapter
 
     def pattern(self, ranks: Ints) -> _Pattern:
         """The places of the few rows' inner numbers, for adapters of these ``ranks`` [adapters]; found once."""
@@ -102,25 +134,38 @@ class _Pattern:
         return torch.from_numpy(firsts[self.owners] + self.steps)
 
 
+FACTOR_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Types in which factors rest in flat memory."""
+
+
+def resting_type(stored: torch.dtype) -> torch.dtype:
+    """The type in which factors of a file's type rest in flat memory: their own, where a kernel reads it."""
+    if stored in FACTOR_TYPES and native.usable(torch.float32) and _compiled().reads(stored):
+        return stored
+    return torch.float32
+
+
 @dataclass(frozen=True, slots=True)
 class FlatFactors:
     """One module's factors of several adapters in flat memory.
 
-    ``a`` [*, in] and ``b`` [*, out] are all of it, seen as rows; adapter i has ``ranks[i]`` of them (0: nothing for
-    this module) from ``a_rows[i]`` and ``b_rows[i]`` on. Modules with the same input share ``a``.
+    ``a`` [*, in] and ``b`` [*, out] are all of it, seen as rows of each of ``FACTOR_TYPES``; adapter i is of type
+    ``types[i]`` and has ``ranks[i]`` of them (0: nothing for this module) from ``a_rows[i]`` and ``b_rows[i]`` on.
+    Modules with the same input share ``a``.
     """
 
-    a: Tensor
-    b: Tensor
+    a: Sequence[Tensor]
+    b: Sequence[Tensor]
+    types: Ints
     ranks: Ints
     scales: Floats
     a_rows: Ints
     b_rows: Ints
 
     def b_of(self, adapter: int) -> Tensor:
-        """An adapter's b, transposed [rank, out]."""
+        """An adapter's b, transposed [rank, out], in fp32."""
         first = int(self.b_rows[adapter])
-        return self.b[first : first + int(self.ranks[adapter])]
+        return self.b[int(self.types[adapter])][first : first + int(self.ranks[adapter])].float()
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,9 +227,38 @@ def _steps(lengths: Ints) -> Ints:
 def add_flat(outputs: Sequence[Tensor], x: Tensor, groups: RowGroups, modules: Sequence[FlatFactors]) -> None:
     """Add to the rows of every output [T, out_i] what the adapters of module i make of those of x [T, in], in place.
 
-    All are fp32 on the CPU. Factors are read where they are: an adapter's few rows cost one pass over its factors,
-    all adapters together two calls a module; where it has many rows, products of its own.
+    Outputs are of x's type and parts of one product, on the CPU; sums are fp32. Factors are read where they are. Two
+    compiled kernels do all of it; without those, an adapter's few rows cost one pass over its factors, all adapters
+    together two calls a module, and where an adapter has many rows it has products of its own.
     """
+    if native.serves(x, *outputs):
+        _compiled().add_rows(outputs, x, groups.by_adapter(), modules)
+        return
+    wide = [y.float() for y in outputs]
+    _add_wide(wide, x.float(), groups, modules)
+    for y, result in zip(outputs, wide, strict=True):
+        if result is not y:
+            y.copy_(result)
+
+
+class _Compiled(Protocol):
+    """What ``kernels.lora_numba`` offers."""
+
+    def add_rows(self, outputs: Sequence[Tensor], x: Tensor, rows: ByAdapter, modules: Sequence[FlatFactors]) -> None:
+        """Add to ``rows`` of every output what their adapters make of those of x in module i."""
+
+    def reads(self, stored: torch.dtype) -> bool:
+        """Whether factors may be of this type."""
+
+
+@functools.cache
+def _compiled() -> _Compiled:
+    module: Any = importlib.import_module(COMPILED)
+    return cast(_Compiled, module)
+
+
+def _add_wide(outputs: Sequence[Tensor], x: Tensor, groups: RowGroups, modules: Sequence[FlatFactors]) -> None:
+    """The same by torch's operations, all in fp32: two calls a module for all adapters with few rows."""
     for adapter, first, stop in groups.spans:
         for y, inner, factors in zip(outputs, _inner(x[first:stop], adapter, modules), modules, strict=True):
             y[first:stop].addmm_(inner, factors.b_of(adapter), alpha=float(factors.scales[adapter]))
@@ -210,30 +284,31 @@ def _inner(x: Tensor, adapter: int, modules: Sequence[FlatFactors]) -> Sequence[
     ranks = [int(factors.ranks[adapter]) for factors in modules]
     firsts = [int(factors.a_rows[adapter]) for factors in modules]
     behind = [first + rank for first, rank in zip(firsts, ranks, strict=True)]
-    memory = modules[0].a
+    memory = modules[0].a[int(modules[0].types[adapter])]
     if firsts[1:] == behind[:-1]:
-        inner: Sequence[Tensor] = (x @ memory[firsts[0] : behind[-1]].t()).split(ranks, dim=1)
+        inner: Sequence[Tensor] = (x @ memory[firsts[0] : behind[-1]].float().t()).split(ranks, dim=1)
         return inner
-    return [x @ memory[first:stop].t() for first, stop in zip(firsts, behind, strict=True)]
+    return [x @ memory[first:stop].float().t() for first, stop in zip(firsts, behind, strict=True)]
 
 
 def _few(own: Tensor, groups: RowGroups, factors: FlatFactors) -> Tensor:
-    """What the adapters of the few rows make of them, [R, out]."""
+    """What the adapters of the few rows make of them, [R, out]; all are in fp32."""
+    assert not factors.types.any()
     pattern = groups.pattern(factors.ranks)
     _announced()
     wanted = torch.sparse_csr_tensor(
         pattern.starts,
         pattern.columns(factors.a_rows),
         own.new_zeros(len(pattern.steps)),
-        size=(own.shape[0], factors.a.shape[0]),
+        size=(own.shape[0], factors.a[0].shape[0]),
         check_invariants=False,
     )
     # only the wanted products of x and a, then sums of the rows of b that they weigh
-    inner = torch.sparse.sampled_addmm(wanted, own, factors.a.t(), beta=0.0).values()
+    inner = torch.sparse.sampled_addmm(wanted, own, factors.a[0].t(), beta=0.0).values()
     inner.mul_(torch.from_numpy(factors.scales[pattern.owners]))
     return functional.embedding_bag(
         pattern.columns(factors.b_rows),
-        factors.b,
+        factors.b[0],
         pattern.starts,
         mode="sum",
         per_sample_weights=inner,

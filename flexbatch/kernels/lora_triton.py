@@ -26,12 +26,7 @@ def add_paged(y: Tensor, x: Tensor, groups: RowGroups, factors: PagedFactors) ->
 
     Scratch memory: 4 bytes an inner number (a row's rank), and the records.
     """
-    many = [np.full(stop - first, adapter) for adapter, first, stop in (*groups.spans, *groups.many)]
-    together = [np.arange(first, stop) for _, first, stop in groups.spans]
-    owners = np.concatenate([*many, groups.owners])
-    sort = np.argsort(owners, kind="stable")
-    owners = owners[sort]
-    order = np.concatenate([*together, groups.order.numpy()])[sort]
+    order, owners = groups.by_adapter().order, groups.by_adapter().owners
     tile = 16 if len(owners) < 16 * len(np.unique(owners)) else 32
     records, scales, numbers = _records(owners, factors, tile)
     if not len(records):

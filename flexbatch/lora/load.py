@@ -103,9 +103,22 @@ def _stretch(runs: Sequence[Run]) -> tuple[int, int]:
     return begin, max(run.first.offset + (run.count - 1) * run.step + run.first.nbytes for run in runs) - begin
 
 
+def file_room(runs: Sequence[Run]) -> int:
+    """Bytes that ``FactorReader.fetch`` wants, wherever they begin."""
+    _, nbytes = _stretch(runs)
+    return align_up(nbytes) + BLOCK
+
+
+_INFINITE = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80}  # bits of infinity; those of what is no number are more
+
+
 def is_finite(numbers: Tensor) -> bool:
-    """Whether no number of a vector is infinite or NaN, nor the sum of some of them too large."""
-    if numbers.dtype == torch.float32:  # one call of numpy, which has no threads, instead of hundreds
-        with np.errstate(all="ignore"):
-            return bool(np.isfinite(np.add.reduce(numbers.numpy())))
-    return bool(numbers.float().sum().isfinite())
+    """Whether no number is infinite or NaN, nor in fp32 the sum of some of them too large. Any strides, on the CPU.
+
+    A few calls of numpy, which has no threads, instead of hundreds.
+    """
+    if numbers.dtype in _INFINITE:
+        bits = numbers.view(torch.int16).numpy()
+        return bool(np.max(bits & 0x7FFF, initial=0) < _INFINITE[numbers.dtype])
+    with np.errstate(all="ignore"):
+        return bool(np.isfinite(np.add.reduce(numbers.numpy(), axis=None)))

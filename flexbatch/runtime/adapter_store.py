@@ -7,17 +7,19 @@ adapter is where is the scheduler's decision (``scheduler.adapters``).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from flexbatch.checkpoint.tensors import DTYPES
 from flexbatch.errors import AdapterError
+from flexbatch.kernels.lora import FACTOR_TYPES, resting_type
 from flexbatch.lora.adapter import Adapter, AdapterPart, UnreadableAdapterError
-from flexbatch.lora.layout import FlatLayout, ImageLayout, Ints, ModuleIndex
-from flexbatch.lora.load import FactorReader, Place, is_finite
+from flexbatch.lora.layout import FlatLayout, ImageLayout, ModuleIndex
+from flexbatch.lora.load import FactorReader, Place, file_room, is_finite
 from flexbatch.lora.runs import Run
 from flexbatch.memory.kv import KVPool
 from flexbatch.runtime.adapter_rows import AdapterRows
@@ -64,27 +66,26 @@ class AdapterStore(Protocol):
 
 
 class FlatStore:
-    """On a CPU products read the arena itself: uint8 ``arena``, numbers in fp32."""
-
-    dtype = torch.float32
+    """On a CPU products read the arena itself: uint8 ``arena``, each adapter's numbers in a type that kernels read."""
 
     def __init__(self, adapters: Mapping[str, Adapter], index: ModuleIndex, cache: AdapterCache, arena: Tensor) -> None:
         self._adapters = adapters
         self._index = index
         self._cache = cache
-        self._flat = arena.view(self.dtype)
+        self._flats = [arena[: arena.numel() // 4 * 4].view(dtype) for dtype in FACTOR_TYPES]
         self._rows = {
-            width: self._flat[: self._flat.numel() // width * width].view(-1, width) for width in index.widths
+            width: [flat[: flat.numel() // width * width].view(-1, width) for flat in self._flats]
+            for width in index.widths
         }
         self._kinds = Kinds(FlatLayout, index)
-        self._files = _Files(adapters, self._kinds, index, self._flat)
+        self._types: dict[str, int] = {}
+        self._files = _Files(adapters, self._kinds, index, lambda adapter: self._flats[self._type(adapter.name)])
         self.failures = self._files.failures
 
     @staticmethod
     def size(adapter: Adapter, index: ModuleIndex) -> AdapterSize:
-        """What an adapter takes."""
-        layout = FlatLayout.of(adapter.parts, index)
-        return AdapterSize(_aligned(layout.elements * FlatStore.dtype.itemsize))
+        """What an adapter takes: enough for its factors, and before those for its file's bytes."""
+        return AdapterSize(_aligned(_flat_bytes(adapter, FlatLayout.of(adapter.parts, index))))
 
     @property
     def bytes_read(self) -> int:
@@ -113,10 +114,17 @@ class FlatStore:
             return None
         parts = [self._adapters[name].parts for name in rows.names]
         bases = [self._kinds.layout(own).bases(self._start(name), self._index) for name, own in _zip(rows.names, parts)]
-        return FlatTable(rows, self._index, self._kinds.gather(parts), bases, self._rows, self._files.lay)
+        types = [self._type(name) for name in rows.names]
+        return FlatTable(rows, self._index, self._kinds.gather(parts), bases, types, self._rows, self._files.lay)
 
     def _start(self, name: str) -> int:
-        return self._cache.start(name) // self.dtype.itemsize
+        return self._cache.start(name) // FACTOR_TYPES[self._type(name)].itemsize
+
+    def _type(self, name: str) -> int:
+        """The place in ``FACTOR_TYPES`` of an adapter's type; found once."""
+        if name not in self._types:
+            self._types[name] = _type_of(self._adapters[name])
+        return self._types[name]
 
 
 class PagedStore:
@@ -144,7 +152,7 @@ class PagedStore:
         self._pages = [pool.raw(layer).view(dtype) for layer in range(index.groups - 2)]  # [pages, P] each
         self._device = device
         self._kinds = Kinds(ImageLayout, index)
-        self._files = _Files(adapters, self._kinds, index, self._flat)
+        self._files = _Files(adapters, self._kinds, index, lambda _: self._flat)
         self._uploads: list[tuple[ImageLayout, int, list[int]]] = []
         self.failures = self._files.failures
 
@@ -219,19 +227,22 @@ class PagedStore:
 
 
 class _Files:
-    """Reads adapters into ``flat`` memory in the order in which they were queued, one Step a batch of them."""
+    """Reads adapters in the order in which they were queued, one Step a batch of them.
+
+    ``memory`` gives all memory in the type in which an adapter lies there.
+    """
 
     def __init__(
         self,
         adapters: Mapping[str, Adapter],
         kinds: Kinds[FlatLayout] | Kinds[ImageLayout],
         index: ModuleIndex,
-        flat: Tensor,
+        memory: Callable[[Adapter], Tensor],
     ) -> None:
         self._adapters = adapters
         self._kinds = kinds
         self._index = index
-        self._flat = flat
+        self._memory = memory
         self._reader = FactorReader()
         self._layer_out = FactorReader()  # of another thread
         self._fetched: dict[str, tuple[int, Tensor]] = {}  # where each is to lie, and its bytes as the file has them
@@ -250,48 +261,66 @@ class _Files:
     def read(self) -> None:
         """Read the next batch and lay its factors out."""
         for name, start in self._batches.popleft():
-            with self._filling(name, start) as (adapter, runs, _, place):
+            with self._filling(name, start) as (adapter, runs, place):
                 self._reader.read(adapter, runs, place)
 
     def fetch(self) -> None:
         """Read the next batch; what the disk brings rests in the adapters' own memory, if it fits, until ``lay``."""
         for name, start in self._batches.popleft():
             self._fetched.pop(name, None)
-            with self._filling(name, start) as (adapter, runs, region, place):
-                raw = self._reader.fetch(adapter, runs, region.view(torch.uint8))
+            with self._filling(name, start) as (adapter, runs, place):
+                raw = self._reader.fetch(adapter, runs, self._room(adapter, start))
                 if raw is None:
                     self._reader.read(adapter, runs, place)
                 else:
                     self._fetched[name] = start, raw
+
+    def _room(self, adapter: Adapter, start: int) -> Tensor:
+        """All bytes of an adapter that lies in flat memory from element ``start`` on."""
+        layout, flat = self._kinds.layout(adapter.parts), self._memory(adapter)
+        assert isinstance(layout, FlatLayout)
+        first = start * flat.itemsize
+        return flat.view(torch.uint8)[first : first + _flat_bytes(adapter, layout)]
 
     def lay(self, names: Sequence[str]) -> None:
         """Lay out the factors of adapters that were fetched: the processor's part, for the thread of the products."""
         for name in names:
             if name in self._fetched:
                 start, raw = self._fetched.pop(name)
-                with self._filling(name, start) as (_, runs, _, place):
+                with self._filling(name, start) as (_, runs, place):
                     self._layer_out.spread(raw, runs, place)
 
     @contextmanager
-    def _filling(self, name: str, start: int) -> Iterator[tuple[Adapter, Sequence[Run], Tensor, Place]]:
+    def _filling(self, name: str, start: int) -> Iterator[tuple[Adapter, Sequence[Run], Place]]:
         """Do something to an adapter's memory; if that fails it is zeros, and the adapter is among the failures."""
         adapter = self._adapters[name]
-        layout = self._kinds.layout(adapter.parts)
-        region = self._flat[start : start + layout.elements]
+        layout, flat = self._kinds.layout(adapter.parts), self._memory(adapter)
+        region, stretches = flat[start : start + layout.elements], layout.stretches(start, self._index)
+
+        def place(run: Run) -> Tensor:
+            strides = (run.stride, run.shape[2], 1)
+            return flat.as_strided(run.shape, strides, int(stretches[run.stretch]) + run.place)
+
         try:
-            yield adapter, layout.runs, region, self._place(layout.stretches(start, self._index))
-            if name not in self._fetched and not is_finite(region):
+            yield adapter, layout.runs, place
+            if name not in self._fetched and not all(is_finite(place(run)) for run in layout.runs):
                 raise UnreadableAdapterError(f"adapter {adapter.file}: holds numbers that are not finite")
         except AdapterError as error:
             region.zero_()
             self.failures[name] = error
 
-    def _place(self, stretches: Ints) -> Place:
-        def place(run: Run) -> Tensor:
-            strides = (run.stride, run.shape[2], 1)
-            return self._flat.as_strided(run.shape, strides, int(stretches[run.stretch]) + run.place)
 
-        return place
+def _flat_bytes(adapter: Adapter, layout: FlatLayout) -> int:
+    """What an adapter takes in flat memory: as many bytes as its file's, if those are hardly more than its factors'."""
+    laid = layout.elements * FACTOR_TYPES[_type_of(adapter)].itemsize
+    room = file_room(layout.runs)
+    return max(laid, room) if 4 * room <= 5 * laid else laid
+
+
+def _type_of(adapter: Adapter) -> int:
+    """The place in ``FACTOR_TYPES`` of the type in which an adapter lies in flat memory: its file's, if it has one."""
+    stored = {factor.dtype for part in adapter.parts for factor in (part.a, part.b)}
+    return FACTOR_TYPES.index(resting_type(DTYPES[stored.pop()]) if len(stored) == 1 else torch.float32)
 
 
 def _page_counts(layout: ImageLayout, numbers: int) -> tuple[int, int]:

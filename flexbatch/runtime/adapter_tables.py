@@ -66,8 +66,9 @@ class Kinds(Generic[_Layout]):
 
 
 class FlatTable:
-    """Adapters in flat memory; ``bases``: for each, the first row of every width; ``memory``: it all, by width.
+    """Adapters in flat memory; ``bases``: for each, the first row of every width, in the adapter's own type.
 
+    ``types``: the place of each one's type in ``FACTOR_TYPES``; ``memory``: all of it by width, in each type.
     ``lay`` is told their names before they are first read: it brings to their places what is there but not laid out.
     """
 
@@ -77,7 +78,8 @@ class FlatTable:
         index: ModuleIndex,
         gathered: Gathered,
         bases: Sequence[Ints],
-        memory: Mapping[int, Tensor],
+        types: Sequence[int],
+        memory: Mapping[int, Sequence[Tensor]],
         lay: Callable[[Sequence[str]], None],
     ) -> None:
         self._rows = rows
@@ -85,6 +87,7 @@ class FlatTable:
         self._gathered = gathered
         self._bases = np.stack(bases, axis=1)  # [widths, adapters]
         self._own_bases = list(bases)
+        self._types = np.array(types)
         self._memory = memory
         self._lay = lay
         self._laid = False
@@ -97,13 +100,9 @@ class FlatTable:
         if not self._laid:
             self._lay(self._rows.names)
             self._laid = True
-        wide = y if y.dtype == torch.float32 else y.float()
         modules = [self._index.modules[number] for number in numbers]
-        outputs = [wide[:, module.column : module.column + module.out_features] for module in modules]
-        factors = [self._factors(number) for number in numbers]
-        add_flat(outputs, x.float(), self._rows.groups, factors)
-        if wide is not y:
-            y.copy_(wide)
+        outputs = [y[:, module.column : module.column + module.out_features] for module in modules]
+        add_flat(outputs, x, self._rows.groups, [self._factors(number) for number in numbers])
 
     def _factors(self, number: int) -> FlatFactors:
         module, widths, gathered = self._index.modules[number], self._index.widths, self._gathered
@@ -111,6 +110,7 @@ class FlatTable:
         return FlatFactors(
             self._memory[into],
             self._memory[out],
+            self._types,
             gathered.ranks[number],
             gathered.scales[number],
             self._bases[widths.index(into)] + gathered.a[number],
@@ -122,7 +122,8 @@ class FlatTable:
         chosen = self._rows.select(rows)
         if chosen is None:
             return None
-        return FlatTable(chosen, self._index, self._gathered, self._own_bases, self._memory, self._lay)
+        types = self._types.tolist()
+        return FlatTable(chosen, self._index, self._gathered, self._own_bases, types, self._memory, self._lay)
 
 
 class PagedTable:

@@ -55,7 +55,7 @@ class Case:
         for (own_a, own_b, _), start in zip(self.factors, starts, strict=True):
             a[start : start + own_a.shape[0]] = own_a
             b[start : start + own_a.shape[0]] = own_b
-        return FlatFactors(a, b, ranks, scales, starts, starts)
+        return FlatFactors((a,), (b,), np.zeros_like(ranks), ranks, scales, starts, starts)
 
     def paged(self, page: int) -> PagedFactors:
         """Factors end to end in pages of ``page`` numbers that lie anywhere in a pool."""

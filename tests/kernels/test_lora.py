@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 import torch
 
-from flexbatch.kernels import lora_triton
-from flexbatch.kernels.lora import FlatFactors, add_flat, add_paged, add_paged_reference, group_rows
+from flexbatch.kernels import lora_triton, native
+from flexbatch.kernels.lora import FACTOR_TYPES, FlatFactors, add_flat, add_paged, add_paged_reference, group_rows
 from tests.kernels.lora_cases import Case, build
 from tests.kernels.test_paged_triton import TURING_SHARED, compiled
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("seed", range(8))
 def test_flat_and_paged(seed: int, transposed: bool) -> None:
@@ -35,6 +36,7 @@ def test_flat_and_paged(seed: int, transposed: bool) -> None:
         assert torch.equal(result[case.base_rows], case.y[case.base_rows])
 
 
+@pytest.mark.usefixtures("kernels")
 def test_a_part_of_the_columns() -> None:
     case = build(random.Random(1), 48, 30)
     whole = torch.randn(case.x.shape[0], 100)
@@ -46,6 +48,7 @@ def test_a_part_of_the_columns() -> None:
     assert torch.allclose(added, case.dense() - case.y.double(), atol=1e-4)
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("adjacent", [False, True])
 @pytest.mark.parametrize("seed", range(4))
 def test_modules_that_read_the_same_input(seed: int, adjacent: bool) -> None:
@@ -73,9 +76,9 @@ def other_ranks(case: Case, rng: random.Random) -> list[tuple[torch.Tensor, torc
 
 def apart(modules: list[FlatFactors]) -> list[FlatFactors]:
     """The same factors in one memory, one module's after the other's."""
-    starts = np.cumsum([0, *(len(factors.a) for factors in modules[:-1])])
-    memory = torch.cat([factors.a for factors in modules])
-    return [replace(own, a=memory, a_rows=own.a_rows + start) for own, start in zip(modules, starts, strict=True)]
+    starts = np.cumsum([0, *(len(factors.a[0]) for factors in modules[:-1])])
+    memory = torch.cat([factors.a[0] for factors in modules])
+    return [replace(own, a=(memory,), a_rows=own.a_rows + start) for own, start in zip(modules, starts, strict=True)]
 
 
 def side_by_side(cases: list[Case], modules: list[FlatFactors]) -> list[FlatFactors]:
@@ -84,11 +87,12 @@ def side_by_side(cases: list[Case], modules: list[FlatFactors]) -> list[FlatFact
     starts = np.cumsum([0, *(len(factors) for factors in own[:-1])])
     memory, made = torch.cat(own), []
     for factors in modules:
-        made.append(replace(factors, a=memory, a_rows=starts.copy()))
+        made.append(replace(factors, a=(memory,), a_rows=starts.copy()))
         starts += factors.ranks
     return made
 
 
+@pytest.mark.usefixtures("kernels")
 def test_a_row_is_the_same_in_any_company() -> None:
     """Few rows of an adapter share a pass, but no sums."""
     case = build(random.Random(2), 96, 64)
@@ -101,6 +105,7 @@ def test_a_row_is_the_same_in_any_company() -> None:
         assert torch.equal(alone[0], together[first])
 
 
+@pytest.mark.usefixtures("kernels")
 def test_a_thousand_adapters_at_once() -> None:
     rng = random.Random(3)
     case = build(rng, 64, 64, rows=10)
@@ -113,6 +118,40 @@ def test_a_thousand_adapters_at_once() -> None:
     assert torch.allclose(result.double(), many.dense(), atol=1e-2, rtol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", native.TYPES)
+@pytest.mark.parametrize("seed", range(3))
+def test_factors_of_every_type_at_once(seed: int, dtype: torch.dtype) -> None:
+    """An adapter's factors may be in any of the types, whatever those of others and of the rows are."""
+    rng = random.Random(seed)
+    case = build(rng, 80, 37, dtype=dtype)
+    flat = case.flat()
+    types = np.array([rng.randrange(len(FACTOR_TYPES)) for _ in case.factors])
+    narrow = [
+        (a.to(FACTOR_TYPES[own]), b.to(FACTOR_TYPES[own]), scale)
+        for own, (a, b, scale) in zip(types, case.factors, strict=True)
+    ]
+    views = []
+    for side, memory in enumerate((flat.a[0], flat.b[0])):
+        raw = memory.float().contiguous()
+        each = [
+            raw.view(own) if own == torch.float32 else raw.view(own).view(-1, memory.shape[1]) for own in FACTOR_TYPES
+        ]
+        for adapter, own in enumerate(types):
+            first, rank = int((flat.a_rows, flat.b_rows)[side][adapter]), len(narrow[adapter][0])
+            start = first if own == 0 else 2 * first  # the same bytes, seen as twice as many rows
+            each[own][start : start + rank] = narrow[adapter][side]
+        views.append(each)
+    rows = np.where(types == 0, flat.a_rows, 2 * flat.a_rows)
+    mixed = replace(flat, a=views[0], b=views[1], types=types, a_rows=rows, b_rows=rows)
+    y = case.y.clone()
+    add_flat([y], case.x, case.groups, [mixed])
+    wanted = replace(case, factors=narrow).dense()
+    exact = dtype == torch.float32
+    assert torch.allclose(y.double(), wanted, atol=1e-4 if exact else 2e-2, rtol=1e-4 if exact else 1e-2)
+    assert torch.equal(y[case.base_rows], case.y[case.base_rows])
+
+
+@pytest.mark.usefixtures("kernels")
 def test_no_rows_and_no_ranks() -> None:
     case = build(random.Random(4), 16, 16)
     y = case.y.clone()
