@@ -25,6 +25,7 @@ from flexbatch.kernels.numba_parts import (
     draw,
     float_of,
     get,
+    get_copy,
     inlined,
     load,
     load_bfloat,
@@ -32,6 +33,7 @@ from flexbatch.kernels.numba_parts import (
     load_half,
     load_long,
     put,
+    put_copy,
     recall,
     store,
     widens_halves,
@@ -41,9 +43,10 @@ Ints = NDArray[np.int64]
 
 # Columns of a task, and of a launch's record.
 A, B, TYPE, RANK, SCALE, FIRST, ROWS, INTO, OUT, INNER, Y, FIELDS = range(12)
-TASKS, COUNT, CUTS, X, X_ROW, ORDER, INNERS, Y_ROW, Y_COLUMN, SCRATCH, SCRATCH_BYTES = range(FREE, FREE + 11)
+TASKS, COUNT, CUTS, X, X_ROW, ORDER, INNERS, Y_ROW, Y_COLUMN, COPY, COPY_BYTES, SUMS = range(FREE, FREE + 12)
 
 _BLOCK = 512  # outputs that are summed at a time: what a core's first cache holds beside the rows of b
+_REUSED = 4  # rows of one adapter from which on rows of its narrow a are widened once for all of them
 _RANKS = 4  # inner numbers that are found in one pass over a row
 _PIECES = 8  # of work for each thread, at least
 
@@ -59,8 +62,8 @@ def reads(stored: torch.dtype) -> bool:
 def add_rows(outputs: Sequence[Tensor], x: Tensor, rows: ByAdapter, modules: Sequence[FlatFactors]) -> None:
     """Add to ``rows`` of every output [T, out_i] what the adapters of module i make of those of x [T, in].
 
-    Outputs are parts of one product of x's type, of any strides. Scratch memory: 4 bytes an inner number, and 2 KB a
-    thread.
+    Outputs are parts of one product of x's type, of any strides. Scratch memory: 4 bytes an inner number, and for each
+    thread 2 KB and four rows of a in fp32.
     """
     tasks = np.concatenate([_tasks(y, factors, rows) for y, factors in zip(outputs, modules, strict=True)])
     tasks = tasks[tasks[:, RANK] > 0]
@@ -71,21 +74,16 @@ def add_rows(outputs: Sequence[Tensor], x: Tensor, rows: ByAdapter, modules: Seq
     tasks[:, INNER] = ends - inner
     inners = torch.empty(int(ends[-1]))
     threads = torch.get_num_threads()
-    scratch = torch.empty(threads, _BLOCK)
+    sums = torch.empty(threads, _BLOCK)
+    copied = torch.empty(threads, _RANKS * x.shape[1])
     cuts = -(-_PIECES * threads // len(tasks))
     x = x if x.stride(1) == 1 else x.contiguous()
-    numbers = [
-        tasks.ctypes.data,
-        len(tasks),
-        cuts,
-        x.data_ptr(),
-        x.stride(0),
-        rows.order.ctypes.data,
-        inners.data_ptr(),
-    ]
+    numbers = [tasks.ctypes.data, len(tasks), cuts, x.data_ptr(), x.stride(0)]
+    numbers += [rows.order.ctypes.data, inners.data_ptr(), outputs[0].stride(0), outputs[0].stride(1)]
+    numbers += [copied.data_ptr(), 4 * copied.shape[1], sums.data_ptr()]
     shrink, expand = _kernels(kind(x))
     launch(shrink, numbers)
-    launch(expand, [*numbers, outputs[0].stride(0), outputs[0].stride(1), scratch.data_ptr(), 4 * _BLOCK])
+    launch(expand, numbers)
 
 
 def _tasks(y: Tensor, factors: FlatFactors, rows: ByAdapter) -> Ints:
@@ -109,6 +107,7 @@ def _kernels(kind: int) -> tuple[int, int]:
 
     def shrink(record: int) -> None:
         cuts = load_long(record, CUTS)
+        copy = load_long(record, COPY) + draw(record, THREAD) * load_long(record, COPY_BYTES)
         while True:
             piece = draw(record, PIECE)
             if piece >= load_long(record, COUNT) * cuts:
@@ -119,51 +118,33 @@ def _kernels(kind: int) -> tuple[int, int]:
             end = rank if cut == cuts - 1 else end
             type_ = load_long(task, TYPE)
             if type_ == 0:
-                _shrink(load_float, kind, record, task, begin, end)
+                _shrink(load_float, False, kind, record, task, begin, end, copy)
             elif type_ == 1:
-                _shrink(load_bfloat, kind, record, task, begin, end)
+                _shrink(load_bfloat, True, kind, record, task, begin, end, copy)
             else:
-                _shrink(load_half, kind, record, task, begin, end)
+                _shrink(load_half, True, kind, record, task, begin, end, copy)
 
     def expand(record: int) -> None:
-        cuts, inners = load_long(record, CUTS), load_long(record, INNERS)
-        sums = load_long(record, SCRATCH) + draw(record, THREAD) * load_long(record, SCRATCH_BYTES)
+        cuts, sums = load_long(record, CUTS), load_long(record, SUMS) + draw(record, THREAD) * 4 * _BLOCK
         while True:
             piece = draw(record, PIECE)
             if piece >= load_long(record, COUNT) * cuts:
                 break
             task = load_long(record, TASKS) + 8 * FIELDS * (piece // cuts)
-            cut, out, rank = piece % cuts, load_long(task, OUT), load_long(task, RANK)
-            stop = out * (cut + 1) // cuts
-            for column in range(out * cut // cuts, stop, _BLOCK):
-                count = min(_BLOCK, stop - column)
-                for row in range(load_long(task, ROWS)):
-                    for n in range(count):
-                        put(sums, n, _Float(0))
-                    b, type_, inner = load_long(task, B), load_long(task, TYPE), load_long(task, INNER) + row * rank
-                    if type_ == 0:
-                        _sum(load_float, b, column, out, inners, inner, rank, sums, count)
-                    elif type_ == 1:
-                        _sum(load_bfloat, b, column, out, inners, inner, rank, sums, count)
-                    else:
-                        _sum(load_half, b, column, out, inners, inner, rank, sums, count)
-                    y = load_long(record, ORDER) + 8 * (load_long(task, FIRST) + row)
-                    at = load_long(y, 0) * load_long(record, Y_ROW) + column * load_long(record, Y_COLUMN)
-                    if load_long(record, Y_COLUMN) == 1:
-                        for n in range(count):
-                            changed = recall(kind, load_long(task, Y), at + n) + get(sums, n)
-                            store(kind, load_long(task, Y), at + n, changed)
-                    else:
-                        for n in range(count):
-                            place = at + n * load_long(record, Y_COLUMN)
-                            changed = recall(kind, load_long(task, Y), place) + get(sums, n)
-                            store(kind, load_long(task, Y), place, changed)
+            cut, out, type_ = piece % cuts, load_long(task, OUT), load_long(task, TYPE)
+            begin, end = out * cut // cuts, out * (cut + 1) // cuts
+            if type_ == 0:
+                _expand(load_float, kind, record, task, begin, end, sums)
+            elif type_ == 1:
+                _expand(load_bfloat, kind, record, task, begin, end, sums)
+            else:
+                _expand(load_half, kind, record, task, begin, end, sums)
 
     return address_of(compiled(shrink)), address_of(compiled(expand))
 
 
 @inlined
-def _shrink(number: Any, kind: int, record: int, task: int, begin: int, end: int) -> None:
+def _shrink(number: Any, narrow: bool, kind: int, record: int, task: int, begin: int, end: int, copy: int) -> None:
     """Inner numbers ``begin`` to ``end`` of every row of a task."""
     rows, rank, into = load_long(task, ROWS), load_long(task, RANK), load_long(task, INTO)
     a, x = load_long(task, A), load_long(record, X)
@@ -172,43 +153,82 @@ def _shrink(number: Any, kind: int, record: int, task: int, begin: int, end: int
     scale = float_of(np.int32(load_long(task, SCALE)))
     for inner in range(begin, end, _RANKS):
         first = inner * into
+        whole = inner + _RANKS <= end
+        copies = narrow and whole and rows >= _REUSED
+        if copies:
+            for n in range(_RANKS * into):
+                put_copy(copy, n, number(a, first + n))
         for row in range(rows):
             at, result = load_long(order, row) * load_long(record, X_ROW), row * rank + inner
-            if inner + _RANKS <= end:
-                c, d, e, f = _Float(0), _Float(0), _Float(0), _Float(0)
-                for n in range(into):
-                    own = load(kind, x, at + n)
-                    c += number(a, first + n) * own
-                    d += number(a, first + into + n) * own
-                    e += number(a, first + 2 * into + n) * own
-                    f += number(a, first + 3 * into + n) * own
-                put(inners, result, scale * c)
-                put(inners, result + 1, scale * d)
-                put(inners, result + 2, scale * e)
-                put(inners, result + 3, scale * f)
+            if copies:
+                _four_products(get_copy, copy, 0, kind, x, at, into, inners, result, scale)
+            elif whole:
+                _four_products(number, a, first, kind, x, at, into, inners, result, scale)
             else:
                 for left in range(end - inner):
-                    c = _Float(0)
+                    total = _Float(0)
                     for n in range(into):
-                        c += number(a, first + left * into + n) * load(kind, x, at + n)
-                    put(inners, result + left, scale * c)
+                        total += number(a, first + left * into + n) * load(kind, x, at + n)
+                    put(inners, result + left, scale * total)
 
 
 @inlined
-def _sum(number: Any, b: int, column: int, out: int, inners: int, inner: int, rank: int, sums: int, count: int) -> None:
-    """Add rows of b, by their inner numbers, to ``count`` sums: four rows at a time."""
+def _four_products(
+    number: Any, a: int, first: int, kind: int, x: int, at: int, into: int, inners: int, result: int, scale: np.float32
+) -> None:
+    """The products of a row and four of a, which share its numbers."""
+    c, d, e, f = _Float(0), _Float(0), _Float(0), _Float(0)
+    for n in range(into):
+        own = load(kind, x, at + n)
+        c += number(a, first + n) * own
+        d += number(a, first + into + n) * own
+        e += number(a, first + 2 * into + n) * own
+        f += number(a, first + 3 * into + n) * own
+    put(inners, result, scale * c)
+    put(inners, result + 1, scale * d)
+    put(inners, result + 2, scale * e)
+    put(inners, result + 3, scale * f)
+
+
+@inlined
+def _expand(number: Any, kind: int, record: int, task: int, begin: int, end: int, sums: int) -> None:
+    """Outputs ``begin`` to ``end`` of every row of a task, some at a time."""
+    rows, rank, out, b = load_long(task, ROWS), load_long(task, RANK), load_long(task, OUT), load_long(task, B)
+    order = load_long(record, ORDER) + 8 * load_long(task, FIRST)
+    inners, y = load_long(record, INNERS) + 4 * load_long(task, INNER), load_long(task, Y)
+    step = load_long(record, Y_COLUMN)
+    for column in range(begin, end, _BLOCK):
+        count = min(_BLOCK, end - column)
+        for row in range(rows):
+            for n in range(count):
+                put(sums, n, _Float(0))
+            _sum(number, b, column, out, inners, row * rank, rank, sums, count)
+            at = load_long(order, row) * load_long(record, Y_ROW) + column * step
+            if step == 1:
+                for n in range(count):
+                    store(kind, y, at + n, recall(kind, y, at + n) + get(sums, n))
+            else:
+                for n in range(count):
+                    store(kind, y, at + n * step, recall(kind, y, at + n * step) + get(sums, n))
+
+
+@inlined
+def _sum(
+    number: Any, b: int, first: int, width: int, inners: int, inner: int, rank: int, sums: int, count: int
+) -> None:
+    """Add rows of b, ``width`` apart, by their inner numbers, to ``count`` sums: four rows at a time."""
     place = 0
     while place + 4 <= rank:
-        at = place * out + column
+        at = place * width + first
         e, f = get(inners, inner + place), get(inners, inner + place + 1)
         g, h = get(inners, inner + place + 2), get(inners, inner + place + 3)
         for n in range(count):
-            first = e * number(b, at + n) + f * number(b, at + out + n)
-            second = g * number(b, at + 2 * out + n) + h * number(b, at + 3 * out + n)
-            put(sums, n, get(sums, n) + (first + second))
+            one = e * number(b, at + n) + f * number(b, at + width + n)
+            two = g * number(b, at + 2 * width + n) + h * number(b, at + 3 * width + n)
+            put(sums, n, get(sums, n) + (one + two))
         place += 4
     while place < rank:
-        at, e = place * out + column, get(inners, inner + place)
+        at, e = place * width + first, get(inners, inner + place)
         for n in range(count):
             put(sums, n, get(sums, n) + e * number(b, at + n))
         place += 1

@@ -46,36 +46,39 @@ def compiled(function: Kernel) -> Any:
 inlined = njit(inline="always", fastmath=FAST, error_model="numpy")
 
 
-def _scoped(builder: Any, instruction: Any, *, inputs: bool) -> Any:
-    """Say of a load or store that what kernels only read and what they write are different memory."""
+_MEMORIES = ("read", "written", "copied")
+
+
+def _scoped(builder: Any, instruction: Any, memory: str) -> Any:
+    """Say of a load or store in which memory it is: what one of ``_MEMORIES`` holds the others do not."""
     module = builder.module
     domain = module.add_metadata(["flexbatch"])
-    scopes = [module.add_metadata([module.add_metadata([name, domain])]) for name in ("flexbatch.in", "flexbatch.out")]
-    own, other = scopes if inputs else reversed(scopes)
-    instruction.set_metadata("alias.scope", own)
-    instruction.set_metadata("noalias", other)
+    scopes = {name: module.add_metadata([f"flexbatch.{name}", domain]) for name in _MEMORIES}
+    instruction.set_metadata("alias.scope", module.add_metadata([scopes[memory]]))
+    others = [scope for name, scope in scopes.items() if name != memory]
+    instruction.set_metadata("noalias", module.add_metadata(others))
     return instruction
 
 
-def _loader(element: ir.Type, result: Any, widen: Callable[[Any, Any], Any], *, inputs: bool = True) -> Any:
+def _loader(element: ir.Type, result: Any, widen: Callable[[Any, Any], Any], memory: str = "read") -> Any:
     @intrinsic
     def load(context: Any, address: Any, place: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
             pointer = builder.inttoptr(values[0], element.as_pointer())
             loaded = builder.load(builder.gep(pointer, [values[1]]))
-            return widen(builder, _scoped(builder, loaded, inputs=inputs))
+            return widen(builder, _scoped(builder, loaded, memory))
 
         return result(types.int64, types.int64), generate
 
     return load
 
 
-def _storer(element: ir.Type, taken: Any) -> Any:
+def _storer(element: ir.Type, taken: Any, memory: str = "written") -> Any:
     @intrinsic
     def store(context: Any, address: Any, place: Any, value: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
             pointer = builder.inttoptr(values[0], element.as_pointer())
-            _scoped(builder, builder.store(values[2], builder.gep(pointer, [values[1]])), inputs=False)
+            _scoped(builder, builder.store(values[2], builder.gep(pointer, [values[1]])), memory)
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int64, taken), generate
@@ -113,9 +116,12 @@ load_bfloat = _loader(_SHORT, types.float32, _from_bfloat16)
 load_int = _loader(_INT, types.int64, lambda builder, value: builder.sext(value, _LONG))
 load_long = _loader(_LONG, types.int64, _as_it_is)
 # What they write, and may read again.
-get = _loader(_FLOAT, types.float32, _as_it_is, inputs=False)
-get_bfloat = _loader(_SHORT, types.float32, _from_bfloat16, inputs=False)
+get = _loader(_FLOAT, types.float32, _as_it_is, "written")
+get_bfloat = _loader(_SHORT, types.float32, _from_bfloat16, "written")
 put = _storer(_FLOAT, types.float32)
+# What they keep of the first for themselves.
+get_copy = _loader(_FLOAT, types.float32, _as_it_is, "copied")
+put_copy = _storer(_FLOAT, types.float32, "copied")
 put_short = _storer(_SHORT, types.uint16)
 
 
