@@ -191,9 +191,9 @@ def adapter_seconds(options: argparse.Namespace, names: Names) -> float:
     if not any(names):
         return 0.0
     numbers = torch.ones(2**26)  # written: pages that never were are all one, and come from a cache
-    read = statistics.median(_timed(numbers.sum) for _ in range(3)) / numbers.nbytes
+    read = statistics.median(_timed(numbers.sum) for _ in range(15)) / numbers.nbytes
     a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
-    flop = statistics.median(_timed(lambda: a @ b) for _ in range(5)) / (2 * 1024**3)
+    flop = statistics.median(_timed(lambda: a @ b) for _ in range(15)) / (2 * 1024**3)
     files = [options.adapters / str(name) / "adapter_model.safetensors" for name in names]
     elements = sum(file.stat().st_size / 2 for file in files)
     return float(elements * (2 * read * (options.new - 1) + 2 * flop * options.prompt))

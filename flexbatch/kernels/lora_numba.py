@@ -2,8 +2,8 @@
 
 A task is one adapter, its rows, and one module. Its factors are read where they lie, once for all its rows while a
 cache holds them; inner numbers are products of a row with each row of a, outputs sums of the rows of b that those
-weigh. Tasks are cut where there are few of them: by ranks, then by columns. Sums are fp32 and in the same order
-whatever a row's company.
+weigh. Tasks are cut where there are few of them: by ranks, then by columns. Sums are fp32; their order depends on
+whether an adapter has many rows only where its factors are narrower.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def add_rows(outputs: Sequence[Tensor], x: Tensor, rows: ByAdapter, modules: Seq
     """Add to ``rows`` of every output [T, out_i] what the adapters of module i make of those of x [T, in].
 
     Outputs are parts of one product of x's type, of any strides. Scratch memory: 4 bytes an inner number, and for each
-    thread 2 KB and four rows of a in fp32.
+    thread 4 KB and four rows of a in fp32.
     """
     tasks = np.concatenate([_tasks(y, factors, rows) for y, factors in zip(outputs, modules, strict=True)])
     tasks = tasks[tasks[:, RANK] > 0]
@@ -74,7 +74,7 @@ def add_rows(outputs: Sequence[Tensor], x: Tensor, rows: ByAdapter, modules: Seq
     tasks[:, INNER] = ends - inner
     inners = torch.empty(int(ends[-1]))
     threads = torch.get_num_threads()
-    sums = torch.empty(threads, _BLOCK)
+    sums = torch.empty(threads, 2 * _BLOCK)
     copied = torch.empty(threads, _RANKS * x.shape[1])
     cuts = -(-_PIECES * threads // len(tasks))
     x = x if x.stride(1) == 1 else x.contiguous()
@@ -125,7 +125,7 @@ def _kernels(kind: int) -> tuple[int, int]:
                 _shrink(load_half, True, kind, record, task, begin, end, copy)
 
     def expand(record: int) -> None:
-        cuts, sums = load_long(record, CUTS), load_long(record, SUMS) + draw(record, THREAD) * 4 * _BLOCK
+        cuts, sums = load_long(record, CUTS), load_long(record, SUMS) + draw(record, THREAD) * 8 * _BLOCK
         while True:
             piece = draw(record, PIECE)
             if piece >= load_long(record, COUNT) * cuts:
@@ -158,9 +158,15 @@ def _shrink(number: Any, narrow: bool, kind: int, record: int, task: int, begin:
         if copies:
             for n in range(_RANKS * into):
                 put_copy(copy, n, number(a, first + n))
-        for row in range(rows):
+        row = 0
+        while row < rows:
             at, result = load_long(order, row) * load_long(record, X_ROW), row * rank + inner
-            if copies:
+            if copies and row + 2 <= rows:
+                next_ = load_long(order, row + 1) * load_long(record, X_ROW)
+                result = inners + 4 * result
+                _eight_products(copy, kind, x, at, next_, into, result, result + 4 * rank, scale)
+                row += 1
+            elif copies:
                 _four_products(get_copy, copy, 0, kind, x, at, into, inners, result, scale)
             elif whole:
                 _four_products(number, a, first, kind, x, at, into, inners, result, scale)
@@ -170,6 +176,7 @@ def _shrink(number: Any, narrow: bool, kind: int, record: int, task: int, begin:
                     for n in range(into):
                         total += number(a, first + left * into + n) * load(kind, x, at + n)
                     put(inners, result + left, scale * total)
+            row += 1
 
 
 @inlined
@@ -191,6 +198,35 @@ def _four_products(
 
 
 @inlined
+def _eight_products(
+    copy: int, kind: int, x: int, at: int, next_: int, into: int, result: int, other: int, scale: np.float32
+) -> None:
+    """The same of two rows and four copied ones of a; results go to two addresses."""
+    c, d, e, f = _Float(0), _Float(0), _Float(0), _Float(0)
+    g, h, i, j = _Float(0), _Float(0), _Float(0), _Float(0)
+    for n in range(into):
+        p, q = get_copy(copy, n), get_copy(copy, into + n)
+        r, s = get_copy(copy, 2 * into + n), get_copy(copy, 3 * into + n)
+        one, two = load(kind, x, at + n), load(kind, x, next_ + n)
+        c += p * one
+        d += q * one
+        e += r * one
+        f += s * one
+        g += p * two
+        h += q * two
+        i += r * two
+        j += s * two
+    put(result, 0, scale * c)
+    put(result, 1, scale * d)
+    put(result, 2, scale * e)
+    put(result, 3, scale * f)
+    put(other, 0, scale * g)
+    put(other, 1, scale * h)
+    put(other, 2, scale * i)
+    put(other, 3, scale * j)
+
+
+@inlined
 def _expand(number: Any, kind: int, record: int, task: int, begin: int, end: int, sums: int) -> None:
     """Outputs ``begin`` to ``end`` of every row of a task, some at a time."""
     rows, rank, out, b = load_long(task, ROWS), load_long(task, RANK), load_long(task, OUT), load_long(task, B)
@@ -199,17 +235,25 @@ def _expand(number: Any, kind: int, record: int, task: int, begin: int, end: int
     step = load_long(record, Y_COLUMN)
     for column in range(begin, end, _BLOCK):
         count = min(_BLOCK, end - column)
-        for row in range(rows):
-            for n in range(count):
+        row = 0
+        while row < rows:
+            several = 2 if row + 2 <= rows else 1
+            for n in range(several * count):
                 put(sums, n, _Float(0))
-            _sum(number, b, column, out, inners, row * rank, rank, sums, count)
-            at = load_long(order, row) * load_long(record, Y_ROW) + column * step
-            if step == 1:
-                for n in range(count):
-                    store(kind, y, at + n, recall(kind, y, at + n) + get(sums, n))
+            if several == 2:
+                _sum_two(number, b, column, out, inners, row * rank, rank, sums, count)
             else:
-                for n in range(count):
-                    store(kind, y, at + n * step, recall(kind, y, at + n * step) + get(sums, n))
+                _sum(number, b, column, out, inners, row * rank, rank, sums, count)
+            for own in range(several):
+                at = load_long(order, row + own) * load_long(record, Y_ROW) + column * step
+                if step == 1:
+                    for n in range(count):
+                        store(kind, y, at + n, recall(kind, y, at + n) + get(sums, own * count + n))
+                else:
+                    for n in range(count):
+                        place = at + n * step
+                        store(kind, y, place, recall(kind, y, place) + get(sums, own * count + n))
+            row += several
 
 
 @inlined
@@ -231,4 +275,29 @@ def _sum(
         at, e = place * width + first, get(inners, inner + place)
         for n in range(count):
             put(sums, n, get(sums, n) + e * number(b, at + n))
+        place += 1
+
+
+@inlined
+def _sum_two(
+    number: Any, b: int, first: int, width: int, inners: int, inner: int, rank: int, sums: int, count: int
+) -> None:
+    """The same of two rows, whose sums lie one behind the other: they share the numbers of b."""
+    place = 0
+    while place + 4 <= rank:
+        at, own, other = place * width + first, inner + place, inner + rank + place
+        c, d, e, f = get(inners, own), get(inners, own + 1), get(inners, own + 2), get(inners, own + 3)
+        g, h, i, j = get(inners, other), get(inners, other + 1), get(inners, other + 2), get(inners, other + 3)
+        for n in range(count):
+            p, q = number(b, at + n), number(b, at + width + n)
+            r, s = number(b, at + 2 * width + n), number(b, at + 3 * width + n)
+            put(sums, n, get(sums, n) + ((c * p + d * q) + (e * r + f * s)))
+            put(sums, count + n, get(sums, count + n) + ((g * p + h * q) + (i * r + j * s)))
+        place += 4
+    while place < rank:
+        at, c, d = place * width + first, get(inners, inner + place), get(inners, inner + rank + place)
+        for n in range(count):
+            number_ = number(b, at + n)
+            put(sums, n, get(sums, n) + c * number_)
+            put(sums, count + n, get(sums, count + n) + d * number_)
         place += 1

@@ -96,13 +96,35 @@ def side_by_side(cases: list[Case], modules: list[FlatFactors]) -> list[FlatFact
 def test_a_row_is_the_same_in_any_company() -> None:
     """Few rows of an adapter share a pass, but no sums."""
     case = build(random.Random(2), 96, 64)
-    flat = case.flat()
     together = torch.zeros(case.x.shape[0], 64)
-    add_flat([together], case.x, group_rows(case.spans, few=10**6), [flat])
-    for first, _, adapter in case.spans:
-        alone = torch.zeros(1, 64)
-        add_flat([alone], case.x[first : first + 1], group_rows([(0, 1, adapter)], few=10**6), [flat])
-        assert torch.equal(alone[0], together[first])
+    add_flat([together], case.x, group_rows(case.spans, few=10**6), [case.flat()])
+    assert_rows_alone_are(together, case, case.flat())
+
+
+@pytest.mark.parametrize("dtype", FACTOR_TYPES)
+def test_a_row_among_many_and_alone(dtype: torch.dtype) -> None:
+    """Compiled kernels widen narrow factors for many rows at once: then sums may be in another order, not in fp32."""
+    case = build(random.Random(3), 576, 200)
+    flat = case.flat()
+    memories = []
+    for memory in (flat.a[0], flat.b[0]):
+        each = [memory.clone().view(own).view(-1, memory.shape[1]) for own in FACTOR_TYPES]
+        each[0] = each[FACTOR_TYPES.index(dtype)]
+        each[0][: len(memory)] = memory.to(dtype)
+        memories.append([each[0]] * len(FACTOR_TYPES))
+    types = np.full_like(flat.ranks, FACTOR_TYPES.index(dtype))
+    narrow = replace(flat, a=memories[0], b=memories[1], types=types)
+    together = torch.zeros(case.x.shape[0], 200)
+    add_flat([together], case.x, case.groups, [narrow])
+    assert_rows_alone_are(together, case, narrow, atol=0.0 if dtype == torch.float32 else 3e-6)
+
+
+def assert_rows_alone_are(together: torch.Tensor, case: Case, factors: FlatFactors, *, atol: float = 0.0) -> None:
+    for first, count, adapter in case.spans:
+        for row in {first, first + count - 1}:
+            alone = torch.zeros(1, together.shape[1])
+            add_flat([alone], case.x[row : row + 1], group_rows([(0, 1, adapter)], few=10**6), [factors])
+            torch.testing.assert_close(alone[0], together[row], rtol=0, atol=atol)
 
 
 @pytest.mark.usefixtures("kernels")
