@@ -3,7 +3,7 @@
 A piece of work is one sequence, one head of keys and values, and one partition of the positions, as in FlashDecoding:
 its keys are read once for all the queries of the group, with a running maximum from page to page (Milakov and
 Gimelshein, 2018). Scores, weights and sums are fp32; a row's result depends on nothing but the row. Torch's own kernel,
-called for one page at a time, takes 3 to 6 times as long (2 cores, AVX-512, bf16, pages of 64 tokens).
+called for one page at a time, takes 2 to 5 times as long (``benchmarks/cpu_kernels.py``).
 """
 
 from __future__ import annotations
