@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.util
+import importlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -60,11 +60,10 @@ def launch(kernel: int, numbers: Sequence[int], pieces: int | None = None) -> No
 @functools.cache
 def _parallel() -> Callable[[int, int, int, int], None] | None:
     """OpenMP's entry to a parallel region, of the library that torch is linked with; None if there is none."""
-    if importlib.util.find_spec("numba") is None:
-        return None
     try:
+        importlib.import_module("numba")  # which looks at NumPy's version, too
         function = ctypes.CDLL(torch._C.__file__).GOMP_parallel
-    except (OSError, AttributeError):
+    except (ImportError, OSError, AttributeError):
         return None
     function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     function.restype = None
