@@ -128,9 +128,11 @@ class Adapters:
                 self._cache = AdapterCache(self._sizes, self._arena)
             else:
                 self._cache = self._kept[0]
+            self._cache.expect(usable)
             return AdapterRun(usable, self._cache, None)
         own = None if "gpu" in pages else PageAllocator(self._own_pages)
         self._cache = AdapterCache(self._sizes, self._arena, pages.get("gpu") or own)
+        self._cache.expect(usable)
         return AdapterRun(usable, self._cache, own)
 
     def store(self, run: AdapterRun, kv: KVMemory, page: PageShape, dtype: torch.dtype) -> AdapterStore:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from flexbatch.errors import InternalError
@@ -55,6 +56,9 @@ class AdapterCache:
 
     An adapter stays where it is when nobody uses it any more, until its room is needed: the one that was used least
     recently goes first. What is in use never moves.
+
+    Adapters that are ``expected`` together, and for which there is room, have their places from then on; nothing is
+    read before it is used or fetched.
     """
 
     def __init__(self, sizes: Mapping[str, AdapterSize], arena: int, pool: PageAllocator | None = None) -> None:
@@ -65,6 +69,7 @@ class AdapterCache:
         self._tables: OrderedDict[str, PageTable] = OrderedDict()
         self._users: dict[str, int] = {}
         self._busy: set[str] = set()  # in the arena, being uploaded
+        self._unread: set[str] = set()  # in their places, but not yet read
         self._reads: list[str] = []
         self._fetches: list[str] = []
         self._uploads: list[str] = []
@@ -143,11 +148,29 @@ class AdapterCache:
         self._page_out(name)
         return True
 
+    def expect(self, names: Collection[str]) -> None:
+        """A run with adapters ``names`` begins, and nothing is in use: give all of them places, if all fit together.
+
+        Those of earlier runs go as far as they have to. Where free room lies in pieces that are too short, everything
+        goes: what is read again costs less than rows that wait until the rows of other adapters are done.
+        """
+        for name in self._unread:
+            self._extents.give(self._starts.pop(name))
+        self._unread.clear()
+        wanted = set(names)
+        if sum(self._sizes[name].nbytes for name in wanted) > self._extents.capacity or wanted <= self._starts.keys():
+            return
+        if not self._place_all(wanted):
+            for name in list(self._starts):
+                self._evict(name)
+            if not self._place_all(wanted):
+                raise InternalError("adapters that fit an arena together do not fit it one behind the other")
+
     def fetch(self, names: Iterable[str]) -> None:
         """Read adapters that will be used soon, as far as room can be had from those that will not."""
         wanted = list(dict.fromkeys(name for name in names if name not in self._tables))
         for name in wanted:
-            if name not in self._starts and not self._place(name, self._fetches, wanted):
+            if not self._place(name, self._fetches, wanted):
                 return
 
     def take_moves(self) -> AdapterMoves:
@@ -179,6 +202,7 @@ class AdapterCache:
         if name in self._tables and name not in self._users:
             self._page_out(name)
         if name in self._starts and name not in self._users:
+            self._unread.discard(name)
             self._extents.give(self._starts.pop(name))
 
     def check_idle(self) -> None:
@@ -194,12 +218,16 @@ class AdapterCache:
         for start in self._starts.values():
             self._extents.give(start)
         self._starts.clear()
+        self._unread.clear()
 
     # --- room ----------------------------------------------------------------------------------------------------
 
     def _place(self, name: str, queue: list[str], spare: Collection[str]) -> bool:
         """Find room in the arena for what has to be read; those in ``spare`` do not make way for it."""
         if name in self._starts:
+            if name in self._unread:
+                self._unread.remove(name)
+                queue.append(name)
             return True
         length = self._sizes[name].nbytes
         idle = [other for other in self._starts if not self._arena_pinned(other) and other not in spare]
@@ -213,16 +241,37 @@ class AdapterCache:
             start = self._extents.take(length)
         if start is None:
             return False
-        self._starts[name] = start
+        self._settle(name, start)
         queue.append(name)
-        self.peak = max(self.peak, self._extents.used)
         return True
+
+    def _place_all(self, wanted: AbstractSet[str]) -> bool:
+        """Find room for all of them, the largest first, at the cost of others; some may have it if not all can."""
+        missing = sorted(wanted - self._starts.keys(), key=lambda name: (-self._sizes[name].nbytes, name))
+        others = [name for name in self._starts if name not in wanted]
+        for name in missing:
+            start = self._extents.take(self._sizes[name].nbytes)
+            while start is None and others:
+                self._evict(others.pop(0))
+                start = self._extents.take(self._sizes[name].nbytes)
+            if start is None:
+                return False
+            self._settle(name, start)
+            self._unread.add(name)
+        return True
+
+    def _settle(self, name: str, start: int) -> None:
+        self._starts[name] = start
+        self.peak = max(self.peak, self._extents.used)
 
     def _arena_pinned(self, name: str) -> bool:
         return name in self._busy or (self._pool is None and name in self._users)
 
     def _evict(self, name: str) -> None:
         self._extents.give(self._starts.pop(name))
+        if name in self._unread:
+            self._unread.remove(name)
+            return
         self.counts.evictions += 1
         for queue in (self._reads, self._fetches):
             if name in queue:

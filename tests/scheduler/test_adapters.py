@@ -154,6 +154,66 @@ def test_the_least_recently_used_goes_first() -> None:
         cache.release("a5")
 
 
+@settings(max_examples=300)
+@given(
+    arena=st.integers(1, 60),
+    lengths=st.lists(st.integers(1, 30), min_size=6, max_size=6),
+    runs=st.lists(st.tuples(st.sets(st.sampled_from(NAMES)), st.randoms(use_true_random=False)), max_size=6),
+)
+def test_runs_whose_adapters_fit_the_arena_never_wait(
+    arena: int, lengths: list[int], runs: list[tuple[set[str], random.Random]]
+) -> None:
+    """Whatever earlier runs left where; and what is used has been read since it got its place."""
+    sizes = dict(zip(NAMES, lengths, strict=True))
+    cache = AdapterCache({name: AdapterSize(length) for name, length in sizes.items()}, arena)
+    there: dict[str, int] = {}
+    for names, rng in runs:
+        cache.expect(names)
+        order = sorted(names)
+        rng.shuffle(order)
+        used: list[str] = []
+        for name in order:
+            before = set(used)
+            if rng.random() < 0.3:
+                cache.fetch(order)
+            if rng.random() < 0.2:
+                continue  # its row is cancelled
+            if cache.acquire(name):
+                used.append(name)
+            else:
+                assert sum(sizes[name] for name in names) > arena
+            moves = cache.take_moves()
+            for read in (*moves.reads, *moves.fetches):
+                start, stop = cache.start(read), cache.start(read) + sizes[read]
+                assert stop <= arena
+                over = [old for old, at in there.items() if at < stop and start < at + sizes[old]]
+                assert not {read, *over} & before, "something in use was overwritten"
+                there = {old: at for old, at in there.items() if old not in over} | {read: start}
+            assert all(there[name] == cache.start(name) for name in used)
+            cache.computed()
+        for name in used:
+            cache.release(name)
+    cache.clear()
+    assert cache.fragmentation == 0
+
+
+def test_what_lies_between_pieces_of_room_goes() -> None:
+    """Two adapters of an earlier run leave no room of 20, though 20 are free: a run with the three begins empty."""
+    sizes = {"a0": AdapterSize(10), "a1": AdapterSize(10), "a2": AdapterSize(10), "a3": AdapterSize(20)}
+    cache = AdapterCache(sizes, 40)
+    for name in ("a0", "a1", "a2"):
+        cache.acquire(name)
+    cache.take_moves()
+    for name in ("a0", "a1", "a2"):
+        cache.release(name)
+    cache.drop("a1")
+    cache.expect(["a0", "a2", "a3"])
+    assert cache.acquire("a3")
+    assert cache.acquire("a0")
+    assert cache.acquire("a2")
+    assert sorted(cache.take_moves().reads) == ["a0", "a2", "a3"]
+
+
 def test_what_comes_next_is_fetched_but_pushes_nothing_needed_out() -> None:
     cache = AdapterCache({name: AdapterSize(10) for name in NAMES}, 30)
     cache.acquire("a0")
