@@ -46,6 +46,8 @@ def compiled(function: Kernel) -> Any:
 inlined = njit(inline="always", fastmath=FAST, error_model="numpy")
 
 
+_FLOAT, _SHORT, _INT, _LONG = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+
 _MEMORIES = ("read", "written", "copied")
 
 
@@ -60,12 +62,18 @@ def _scoped(builder: Any, instruction: Any, memory: str) -> Any:
     return instruction
 
 
-def _loader(element: ir.Type, result: Any, widen: Callable[[Any, Any], Any], memory: str = "read") -> Any:
+def _as_it_is(builder: Any, value: Any) -> Any:
+    return value
+
+
+def _loader(
+    element: ir.Type, result: Any, widen: Callable[[Any, Any], Any], memory: str = "read", align: int | None = None
+) -> Any:
     @intrinsic
     def load(context: Any, address: Any, place: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
             pointer = builder.inttoptr(values[0], element.as_pointer())
-            loaded = builder.load(builder.gep(pointer, [values[1]]))
+            loaded = builder.load(builder.gep(pointer, [values[1]]), align=align)
             return widen(builder, _scoped(builder, loaded, memory))
 
         return result(types.int64, types.int64), generate
@@ -73,24 +81,24 @@ def _loader(element: ir.Type, result: Any, widen: Callable[[Any, Any], Any], mem
     return load
 
 
-def _storer(element: ir.Type, taken: Any, memory: str = "written") -> Any:
+def _storer(
+    element: ir.Type,
+    taken: Any,
+    memory: str = "written",
+    narrow: Callable[[Any, Any], Any] = _as_it_is,
+    align: int | None = None,
+) -> Any:
     @intrinsic
     def store(context: Any, address: Any, place: Any, value: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
             pointer = builder.inttoptr(values[0], element.as_pointer())
-            _scoped(builder, builder.store(values[2], builder.gep(pointer, [values[1]])), memory)
+            value = narrow(builder, values[2])
+            _scoped(builder, builder.store(value, builder.gep(pointer, [values[1]]), align=align), memory)
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int64, taken), generate
 
     return store
-
-
-_FLOAT, _SHORT, _INT, _LONG = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
-
-
-def _as_it_is(builder: Any, value: Any) -> Any:
-    return value
 
 
 def _from_bfloat16(builder: Any, value: Any) -> Any:
@@ -123,6 +131,66 @@ put = _storer(_FLOAT, types.float32)
 get_copy = _loader(_FLOAT, types.float32, _as_it_is, "copied")
 put_copy = _storer(_FLOAT, types.float32, "copied")
 put_short = _storer(_SHORT, types.uint16)
+
+
+def _bits(element: ir.Type) -> tuple[Any, Any]:
+    def widen(builder: Any, value: Any) -> Any:
+        return builder.zext(value, _LONG) if element.width < _LONG.width else value
+
+    def narrow(builder: Any, value: Any) -> Any:
+        return builder.trunc(value, element) if element.width < _LONG.width else value
+
+    loader = _loader(element, types.uint64, widen, align=1)
+    return loader, _storer(element, types.uint64, narrow=narrow, align=1)
+
+
+# Numbers of so many bits as uint64, at any address: what is only read, and what is written, of which the lowest count.
+(peek_short, poke_short), (peek_int, poke_int), (peek_long, poke_long) = map(_bits, (_SHORT, _INT, _LONG))
+
+
+def _turner(element: ir.Type) -> Any:
+    """Turns a square of 8 x 8 numbers, whose rows are so many bytes apart, on its way from one address to another.
+
+    What it gives are the bits of the sums of ``fill`` and every number without its sign, ORed.
+    """
+    vector, places = ir.VectorType(element, 8), ir.VectorType(_INT, 8)
+
+    @intrinsic
+    def turn(context: Any, source: Any, source_step: Any, target: Any, target_step: Any, fill: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            def row_at(address: Any, step: Any, number: int) -> Any:
+                row = builder.add(address, builder.mul(step, ir.Constant(_LONG, number)))
+                return builder.inttoptr(row, vector.as_pointer())
+
+            def mixed(one: Any, other: Any, own: list[int]) -> Any:
+                return builder.shuffle_vector(one, other, ir.Constant(places, own))
+
+            rows = [
+                _scoped(builder, builder.load(row_at(values[0], values[1], number), align=1), "read")
+                for number in range(8)
+            ]
+            nothing = ir.Constant(vector, ir.Undefined)
+            filling = builder.insert_element(nothing, builder.trunc(values[4], element), ir.Constant(_INT, 0))
+            filling = mixed(filling, nothing, [0] * 8)
+            unsigned = ir.Constant(vector, [(1 << (element.width - 1)) - 1] * 8)
+            sums = [builder.add(builder.and_(row, unsigned), filling) for row in rows]
+            seen = builder.bitcast(functools.reduce(builder.or_, sums), ir.VectorType(_LONG, element.width // 8))
+            parts = [builder.extract_element(seen, ir.Constant(_INT, part)) for part in range(element.width // 8)]
+            for apart in (4, 2, 1):  # squares of that size beside the diagonal change places
+                for number in (number for number in range(8) if not number & apart):
+                    one, other = rows[number], rows[number + apart]
+                    rows[number] = mixed(one, other, [n + (8 - apart) * bool(n & apart) for n in range(8)])
+                    rows[number + apart] = mixed(one, other, [n + 8 if n & apart else n + apart for n in range(8)])
+            for number, row in enumerate(rows):
+                _scoped(builder, builder.store(row, row_at(values[2], values[3], number), align=1), "written")
+            return functools.reduce(builder.or_, parts)
+
+        return types.uint64(types.int64, types.int64, types.int64, types.int64, types.uint64), generate
+
+    return turn
+
+
+turn_shorts, turn_ints = _turner(_SHORT), _turner(_INT)
 
 
 @intrinsic

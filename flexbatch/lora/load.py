@@ -6,11 +6,10 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import closing
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from flexbatch.checkpoint.tensors import DTYPES
+from flexbatch.kernels.copies import copy_finite
 from flexbatch.lora.adapter import Adapter, UnreadableAdapterError
 from flexbatch.lora.runs import Run
 from flexbatch.memory.aligned import BLOCK, align_down, align_up, aligned_buffer, aligned_bytes
@@ -33,12 +32,13 @@ class FactorReader:
     def read(self, adapter: Adapter, runs: Sequence[Run], place: Place) -> None:
         """Fill what ``place`` gives for every run, [count, rank, width]: each factor a, and each b transposed.
 
-        Raises UnreadableAdapterError where the file has changed since it was opened or is cut short.
+        Raises UnreadableAdapterError where the file has changed since it was opened, is cut short, or has numbers that
+        are not finite.
         """
         begin, nbytes = _stretch(runs)
         self._reserve(nbytes)
         self._fill(adapter, begin, nbytes, self._buffer)
-        self._lay(runs, begin, place)
+        self._lay(adapter, runs, begin, place, alone=True)
 
     def fetch(self, adapter: Adapter, runs: Sequence[Run], room: Tensor) -> Tensor | None:
         """The first half of ``read``: only what the disk does, into a part of ``room`` (uint8), which is returned.
@@ -53,18 +53,19 @@ class FactorReader:
         self._fill(adapter, begin, nbytes, raw)
         return raw
 
-    def spread(self, raw: Tensor, runs: Sequence[Run], place: Place) -> None:
-        """The second half: what ``fetch`` returned goes where it belongs, which may be where it lies."""
+    def spread(self, adapter: Adapter, raw: Tensor, runs: Sequence[Run], place: Place) -> None:
+        """The second half, by all threads: what ``fetch`` returned goes to its place, which may be where it lies."""
         begin, nbytes = _stretch(runs)
         self._reserve(nbytes)
         self._buffer[:nbytes].copy_(raw[:nbytes])
-        self._lay(runs, begin, place)
+        self._lay(adapter, runs, begin, place, alone=False)
 
-    def _lay(self, runs: Sequence[Run], begin: int, place: Place) -> None:
-        """One call of torch a run: each that is made beside a thread of small products waits for the interpreter."""
-        for run in runs:
-            source = self._source(run, begin)
-            place(run).copy_(source.transpose(1, 2) if run.turned else source)
+    def _lay(self, adapter: Adapter, runs: Sequence[Run], begin: int, place: Place, *, alone: bool) -> None:
+        """One call, or one a run: each that is made beside a thread of small products waits for the interpreter."""
+        sources = [self._source(run, begin) for run in runs]
+        turned = [own.transpose(1, 2) if run.turned else own for run, own in zip(runs, sources, strict=True)]
+        if not copy_finite([place(run) for run in runs], turned, alone=alone):
+            raise UnreadableAdapterError(f"adapter {adapter.file}: holds numbers that are not finite")
 
     def _reserve(self, nbytes: int) -> None:
         if self._buffer.numel() < nbytes:
@@ -107,18 +108,3 @@ def file_room(runs: Sequence[Run]) -> int:
     """Bytes that ``FactorReader.fetch`` wants, wherever they begin."""
     _, nbytes = _stretch(runs)
     return align_up(nbytes) + BLOCK
-
-
-_INFINITE = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80}  # bits of infinity; those of what is no number are more
-
-
-def is_finite(numbers: Tensor) -> bool:
-    """Whether no number is infinite or NaN, nor in fp32 the sum of some of them too large. Any strides, on the CPU.
-
-    A few calls of numpy, which has no threads, instead of hundreds.
-    """
-    if numbers.dtype in _INFINITE:
-        bits = numbers.view(torch.int16).numpy()
-        return bool(np.max(bits & 0x7FFF, initial=0) < _INFINITE[numbers.dtype])
-    with np.errstate(all="ignore"):
-        return bool(np.isfinite(np.add.reduce(numbers.numpy(), axis=None)))

@@ -17,9 +17,9 @@ from torch import Tensor
 from flexbatch.checkpoint.tensors import DTYPES
 from flexbatch.errors import AdapterError
 from flexbatch.kernels.lora import FACTOR_TYPES, resting_type
-from flexbatch.lora.adapter import Adapter, AdapterPart, UnreadableAdapterError
+from flexbatch.lora.adapter import Adapter, AdapterPart
 from flexbatch.lora.layout import FlatLayout, ImageLayout, ModuleIndex
-from flexbatch.lora.load import FactorReader, Place, file_room, is_finite
+from flexbatch.lora.load import FactorReader, Place, file_room
 from flexbatch.lora.runs import Run
 from flexbatch.memory.kv import KVPool
 from flexbatch.runtime.adapter_rows import AdapterRows
@@ -287,8 +287,8 @@ class _Files:
         for name in names:
             if name in self._fetched:
                 start, raw = self._fetched.pop(name)
-                with self._filling(name, start) as (_, runs, place):
-                    self._layer_out.spread(raw, runs, place)
+                with self._filling(name, start) as (adapter, runs, place):
+                    self._layer_out.spread(adapter, raw, runs, place)
 
     @contextmanager
     def _filling(self, name: str, start: int) -> Iterator[tuple[Adapter, Sequence[Run], Place]]:
@@ -303,8 +303,6 @@ class _Files:
 
         try:
             yield adapter, layout.runs, place
-            if name not in self._fetched and not all(is_finite(place(run)) for run in layout.runs):
-                raise UnreadableAdapterError(f"adapter {adapter.file}: holds numbers that are not finite")
         except AdapterError as error:
             region.zero_()
             self.failures[name] = error
