@@ -224,28 +224,46 @@ def _steps(lengths: Ints) -> Ints:
     return steps
 
 
-def add_flat(outputs: Sequence[Tensor], x: Tensor, groups: RowGroups, modules: Sequence[FlatFactors]) -> None:
-    """Add to the rows of every output [T, out_i] what the adapters of module i make of those of x [T, in], in place.
+class FlatProduct:
+    """What adapters add to one product of the base model, whose parts are the outputs of some modules, on the CPU.
 
-    Outputs are of x's type and parts of one product, on the CPU; sums are fp32. Factors are read where they are. Two
-    compiled kernels do all of it; without those, an adapter's few rows cost one pass over its factors, all adapters
-    together two calls a module, and where an adapter has many rows it has products of its own.
+    Sums are fp32, and factors are read where they are. Two compiled kernels do all of it; without those, an adapter's
+    few rows cost one pass over its factors, all adapters together two calls a module, and where an adapter has many
+    rows it has products of its own. What kernels want to know of rows and factors is worked out once.
     """
-    if native.serves(x, *outputs):
-        _compiled().add_rows(outputs, x, groups.by_adapter(), modules)
-        return
-    wide = [y.float() for y in outputs]
-    _add_wide(wide, x.float(), groups, modules)
-    for y, result in zip(outputs, wide, strict=True):
-        if result is not y:
-            y.copy_(result)
+
+    def __init__(self, groups: RowGroups, modules: Sequence[FlatFactors]) -> None:
+        self._groups = groups
+        self._modules = modules
+        self._tasks: _Tasks | None = None
+
+    def add(self, outputs: Sequence[Tensor], x: Tensor) -> None:
+        """Add to the rows of every output [T, out_i] what the adapters of module i make of those of x [T, in].
+
+        Outputs are of x's type and parts of one tensor.
+        """
+        if native.serves(x, *outputs):
+            if self._tasks is None:
+                self._tasks = _compiled().Tasks(self._groups.by_adapter(), self._modules)
+            self._tasks.add(outputs, x)
+            return
+        wide = [y.float() for y in outputs]
+        _add_wide(wide, x.float(), self._groups, self._modules)
+        for y, result in zip(outputs, wide, strict=True):
+            if result is not y:
+                y.copy_(result)
+
+
+class _Tasks(Protocol):
+    def add(self, outputs: Sequence[Tensor], x: Tensor) -> None:
+        """Add to rows of every output what their adapters make of those of x."""
 
 
 class _Compiled(Protocol):
     """What ``kernels.lora_numba`` offers."""
 
-    def add_rows(self, outputs: Sequence[Tensor], x: Tensor, rows: ByAdapter, modules: Sequence[FlatFactors]) -> None:
-        """Add to ``rows`` of every output what their adapters make of those of x in module i."""
+    def Tasks(self, rows: ByAdapter, modules: Sequence[FlatFactors]) -> _Tasks:  # noqa: N802  a class
+        """The work for rows and the modules that they share."""
 
     def reads(self, stored: torch.dtype) -> bool:
         """Whether factors may be of this type."""

@@ -59,35 +59,47 @@ def reads(stored: torch.dtype) -> bool:
     return stored != torch.float16 or widens_halves()
 
 
-def add_rows(outputs: Sequence[Tensor], x: Tensor, rows: ByAdapter, modules: Sequence[FlatFactors]) -> None:
-    """Add to ``rows`` of every output [T, out_i] what the adapters of module i make of those of x [T, in].
+class Tasks:
+    """The work that ``rows`` and the modules of one product make; of all modules in one launch."""
 
-    Outputs are parts of one product of x's type, of any strides. Scratch memory: 4 bytes an inner number, and for each
-    thread 4 KB and four rows of a in fp32.
-    """
-    tasks = np.concatenate([_tasks(y, factors, rows) for y, factors in zip(outputs, modules, strict=True)])
-    tasks = tasks[tasks[:, RANK] > 0]
-    if not len(tasks):
-        return
-    inner = tasks[:, RANK] * tasks[:, ROWS]
-    ends = np.cumsum(inner)
-    tasks[:, INNER] = ends - inner
-    inners = torch.empty(int(ends[-1]))
-    threads = torch.get_num_threads()
-    sums = torch.empty(threads, 2 * _BLOCK)
-    copied = torch.empty(threads, _RANKS * x.shape[1])
-    cuts = -(-_PIECES * threads // len(tasks))
-    x = x if x.stride(1) == 1 else x.contiguous()
-    numbers = [tasks.ctypes.data, len(tasks), cuts, x.data_ptr(), x.stride(0)]
-    numbers += [rows.order.ctypes.data, inners.data_ptr(), outputs[0].stride(0), outputs[0].stride(1)]
-    numbers += [copied.data_ptr(), 4 * copied.shape[1], sums.data_ptr()]
-    shrink, expand = _kernels(kind(x))
-    launch(shrink, numbers)
-    launch(expand, numbers)
+    def __init__(self, rows: ByAdapter, modules: Sequence[FlatFactors]) -> None:
+        made = [_tasks(factors, rows) for factors in modules]
+        self._order = rows.order
+        self._into = modules[0].a[0].shape[1]
+        self._tasks = np.concatenate(made)
+        self._stops = np.cumsum([len(own) for own in made]).tolist()
+        inner = self._tasks[:, RANK] * self._tasks[:, ROWS]
+        ends = np.cumsum(inner)
+        self._tasks[:, INNER] = ends - inner
+        self._inners = int(ends[-1]) if len(ends) else 0
+
+    def add(self, outputs: Sequence[Tensor], x: Tensor) -> None:
+        """Add to the rows of every output [T, out_i] what the adapters of module i make of those of x [T, in].
+
+        Outputs are parts of one product of x's type, of any strides. Scratch memory: 4 bytes an inner number, and for
+        each thread 4 KB and four rows of a in fp32.
+        """
+        tasks, count = self._tasks, len(self._tasks)
+        if not count:
+            return
+        for y, start, stop in zip(outputs, (0, *self._stops), self._stops, strict=False):
+            tasks[start:stop, Y] = y.data_ptr()
+        threads = torch.get_num_threads()
+        inners, sums = torch.empty(self._inners), torch.empty(threads, 2 * _BLOCK)
+        copied = torch.empty(threads, _RANKS * self._into)
+        x = x if x.stride(1) == 1 else x.contiguous()
+        numbers = [tasks.ctypes.data, count, -(-_PIECES * threads // count), x.data_ptr(), x.stride(0)]
+        numbers += [self._order.ctypes.data, inners.data_ptr(), outputs[0].stride(0), outputs[0].stride(1)]
+        numbers += [copied.data_ptr(), 4 * copied.shape[1], sums.data_ptr()]
+        shrink, expand = _kernels(kind(x))
+        launch(shrink, numbers)
+        launch(expand, numbers)
 
 
-def _tasks(y: Tensor, factors: FlatFactors, rows: ByAdapter) -> Ints:
-    adapters = rows.adapters
+def _tasks(factors: FlatFactors, rows: ByAdapter) -> Ints:
+    """A task for every adapter that changes the module."""
+    having = factors.ranks[rows.adapters] > 0
+    adapters = rows.adapters[having]
     tasks = np.empty((len(adapters), FIELDS), dtype=np.int64)
     into, out = factors.a[0].shape[1], factors.b[0].shape[1]
     types = factors.types[adapters]
@@ -96,8 +108,8 @@ def _tasks(y: Tensor, factors: FlatFactors, rows: ByAdapter) -> Ints:
     tasks[:, B] = factors.b[0].data_ptr() + sizes * out * factors.b_rows[adapters]
     tasks[:, RANK] = factors.ranks[adapters]
     tasks[:, SCALE] = factors.scales[adapters].view(np.int32)
-    tasks[:, FIRST], tasks[:, ROWS] = rows.firsts, rows.counts
-    tasks[:, INTO], tasks[:, OUT], tasks[:, Y] = into, out, y.data_ptr()
+    tasks[:, FIRST], tasks[:, ROWS] = rows.firsts[having], rows.counts[having]
+    tasks[:, INTO], tasks[:, OUT] = into, out
     return tasks
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from flexbatch.checkpoint.tensors import DTYPES
 from flexbatch.errors import AdapterError
 from flexbatch.kernels.lora import FACTOR_TYPES, resting_type
-from flexbatch.lora.adapter import Adapter, AdapterPart
+from flexbatch.lora.adapter import Adapter
 from flexbatch.lora.layout import FlatLayout, ImageLayout, ModuleIndex
 from flexbatch.lora.load import FactorReader, Place, file_room
 from flexbatch.lora.runs import Run
@@ -79,6 +79,8 @@ class FlatStore:
         }
         self._kinds = Kinds(FlatLayout, index)
         self._types: dict[str, int] = {}
+        self._bound: dict[object, FlatTable] = {}  # in this sweep
+        self._bound_before: dict[object, FlatTable] = {}  # in the last one, whose rows are often the same
         self._files = _Files(adapters, self._kinds, index, lambda adapter: self._flats[self._type(adapter.name)])
         self.failures = self._files.failures
 
@@ -94,6 +96,7 @@ class FlatStore:
 
     def begin(self, moves: AdapterMoves) -> None:
         """Note where what is read comes to lie."""
+        self._bound_before, self._bound = self._bound, {}
         for names in (moves.reads, moves.fetches):
             self._files.queue([(name, self._start(name)) for name in names])
 
@@ -112,10 +115,18 @@ class FlatStore:
         rows = AdapterRows.of(batch)
         if rows is None:
             return None
+        starts = [self._start(name) for name in rows.names]
+        key = rows.names, rows.spans, tuple(starts)
+        if key in self._bound_before:
+            self._bound[key] = self._bound_before[key].again()
+            return self._bound[key]
         parts = [self._adapters[name].parts for name in rows.names]
-        bases = [self._kinds.layout(own).bases(self._start(name), self._index) for name, own in _zip(rows.names, parts)]
+        layouts = [self._kinds.layout(own) for own in parts]
+        bases = [layout.bases(start, self._index) for layout, start in zip(layouts, starts, strict=True)]
         types = [self._type(name) for name in rows.names]
-        return FlatTable(rows, self._index, self._kinds.gather(parts), bases, types, self._rows, self._files.lay)
+        gathered, lay = self._kinds.gather(parts), self._files.lay
+        self._bound[key] = FlatTable(rows, self._index, gathered, bases, types, self._rows, lay)
+        return self._bound[key]
 
     def _start(self, name: str) -> int:
         return self._cache.start(name) // FACTOR_TYPES[self._type(name)].itemsize
@@ -330,7 +341,3 @@ def _page_counts(layout: ImageLayout, numbers: int) -> tuple[int, int]:
 
 def _aligned(nbytes: int) -> int:
     return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-
-
-def _zip(names: Sequence[str], parts: Sequence[tuple[AdapterPart, ...]]) -> list[tuple[str, tuple[AdapterPart, ...]]]:
-    return list(zip(names, parts, strict=True))

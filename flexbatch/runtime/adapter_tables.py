@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flexbatch.kernels.lora import FlatFactors, PagedFactors, add_flat, add_paged
+from flexbatch.kernels.lora import FlatFactors, FlatProduct, PagedFactors, add_paged
 from flexbatch.lora.adapter import AdapterPart
 from flexbatch.lora.layout import FlatLayout, Floats, ImageLayout, Ints, ModuleIndex
 from flexbatch.runtime.adapter_rows import AdapterRows
@@ -91,18 +91,35 @@ class FlatTable:
         self._memory = memory
         self._lay = lay
         self._laid = False
+        self._products: dict[tuple[int, str], tuple[FlatProduct, list[slice]] | None] = {}
+
+    def again(self) -> FlatTable:
+        """The same for a sweep with the same rows and adapters, of which some may have been read once more."""
+        self._laid = False
+        return self
 
     def add(self, group: int, linear: str, x: Tensor, y: Tensor) -> None:
         """Add what the adapters make of x [T, in] to y [T, out], in place."""
-        numbers = [n for n in self._index.by_linear.get((group, linear), ()) if self._gathered.changed[n]]
-        if not numbers:
+        key = group, linear
+        if key not in self._products:
+            self._products[key] = self._product(group, linear)
+        known = self._products[key]
+        if known is None:
             return
         if not self._laid:
             self._lay(self._rows.names)
             self._laid = True
+        product, columns = known
+        product.add([y[:, own] for own in columns], x)
+
+    def _product(self, group: int, linear: str) -> tuple[FlatProduct, list[slice]] | None:
+        """What is added to a linear of the base model, and each module's columns in it; None if nothing."""
+        numbers = [n for n in self._index.by_linear.get((group, linear), ()) if self._gathered.changed[n]]
+        if not numbers:
+            return None
         modules = [self._index.modules[number] for number in numbers]
-        outputs = [y[:, module.column : module.column + module.out_features] for module in modules]
-        add_flat(outputs, x, self._rows.groups, [self._factors(number) for number in numbers])
+        columns = [slice(module.column, module.column + module.out_features) for module in modules]
+        return FlatProduct(self._rows.groups, [self._factors(number) for number in numbers]), columns
 
     def _factors(self, number: int) -> FlatFactors:
         module, widths, gathered = self._index.modules[number], self._index.widths, self._gathered

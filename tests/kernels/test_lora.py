@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from flexbatch.kernels import lora_triton, native
-from flexbatch.kernels.lora import FACTOR_TYPES, FlatFactors, add_flat, add_paged, add_paged_reference, group_rows
+from flexbatch.kernels.lora import FACTOR_TYPES, FlatFactors, FlatProduct, add_paged, add_paged_reference, group_rows
 from tests.kernels.lora_cases import Case, build
 from tests.kernels.test_paged_triton import TURING_SHARED, compiled
 
@@ -29,7 +29,7 @@ def test_flat_and_paged(seed: int, transposed: bool) -> None:
     case = build(rng, rng.choice([20, 80, 576]), rng.choice([12, 192, 131]), transposed=transposed)
     wanted = case.dense()
     results = [case.y.clone(memory_format=torch.preserve_format) for _ in range(2)]
-    add_flat([results[0]], case.x, case.groups, [case.flat()])
+    FlatProduct(case.groups, [case.flat()]).add([results[0]], case.x)
     add_paged(results[1], case.x, case.groups, case.paged(rng.choice([16, 100, 4096])))
     for result in results:
         assert torch.allclose(result.double(), wanted, atol=1e-4, rtol=1e-4)
@@ -41,7 +41,7 @@ def test_a_part_of_the_columns() -> None:
     case = build(random.Random(1), 48, 30)
     whole = torch.randn(case.x.shape[0], 100)
     before = whole.clone()
-    add_flat([whole[:, 20:50]], case.x, case.groups, [case.flat()])
+    FlatProduct(case.groups, [case.flat()]).add([whole[:, 20:50]], case.x)
     assert torch.equal(whole[:, :20], before[:, :20])
     assert torch.equal(whole[:, 50:], before[:, 50:])
     added = whole[:, 20:50].double() - before[:, 20:50].double()
@@ -62,7 +62,7 @@ def test_modules_that_read_the_same_input(seed: int, adjacent: bool) -> None:
     y = torch.randn(cases[0].x.shape[0], sum(widths))
     before = y.clone()
     outputs = list(y.split(widths, dim=1))
-    add_flat(outputs, cases[0].x, cases[0].groups, modules)
+    FlatProduct(cases[0].groups, modules).add(outputs, cases[0].x)
     for case, output, old in zip(cases, outputs, before.split(widths, dim=1), strict=True):
         added = output.double() - old.double()
         assert torch.allclose(added, case.dense() - case.y.double(), atol=1e-4, rtol=1e-4)
@@ -97,7 +97,7 @@ def test_a_row_is_the_same_in_any_company() -> None:
     """Few rows of an adapter share a pass, but no sums."""
     case = build(random.Random(2), 96, 64)
     together = torch.zeros(case.x.shape[0], 64)
-    add_flat([together], case.x, group_rows(case.spans, few=10**6), [case.flat()])
+    FlatProduct(group_rows(case.spans, few=10**6), [case.flat()]).add([together], case.x)
     assert_rows_alone_are(together, case, case.flat())
 
 
@@ -115,7 +115,7 @@ def test_a_row_among_many_and_alone(dtype: torch.dtype) -> None:
     types = np.full_like(flat.ranks, FACTOR_TYPES.index(dtype))
     narrow = replace(flat, a=memories[0], b=memories[1], types=types)
     together = torch.zeros(case.x.shape[0], 200)
-    add_flat([together], case.x, case.groups, [narrow])
+    FlatProduct(case.groups, [narrow]).add([together], case.x)
     assert_rows_alone_are(together, case, narrow, atol=0.0 if dtype == torch.float32 else 3e-6)
 
 
@@ -123,7 +123,7 @@ def assert_rows_alone_are(together: torch.Tensor, case: Case, factors: FlatFacto
     for first, count, adapter in case.spans:
         for row in {first, first + count - 1}:
             alone = torch.zeros(1, together.shape[1])
-            add_flat([alone], case.x[row : row + 1], group_rows([(0, 1, adapter)], few=10**6), [factors])
+            FlatProduct(group_rows([(0, 1, adapter)], few=10**6), [factors]).add([alone], case.x[row : row + 1])
             torch.testing.assert_close(alone[0], together[row], rtol=0, atol=atol)
 
 
@@ -136,7 +136,7 @@ def test_a_thousand_adapters_at_once() -> None:
     spans = [(row, 1, row) for row in range(1000)]
     many = type(case)(torch.randn(1000, 64), torch.zeros(1000, 64), spans, group_rows(spans), factors, rng)
     result = many.y.clone()
-    add_flat([result], many.x, many.groups, [many.flat()])
+    FlatProduct(many.groups, [many.flat()]).add([result], many.x)
     assert torch.allclose(result.double(), many.dense(), atol=1e-2, rtol=1e-4)
 
 
@@ -166,7 +166,7 @@ def test_factors_of_every_type_at_once(seed: int, dtype: torch.dtype) -> None:
     rows = np.where(types == 0, flat.a_rows, 2 * flat.a_rows)
     mixed = replace(flat, a=views[0], b=views[1], types=types, a_rows=rows, b_rows=rows)
     y = case.y.clone()
-    add_flat([y], case.x, case.groups, [mixed])
+    FlatProduct(case.groups, [mixed]).add([y], case.x)
     wanted = replace(case, factors=narrow).dense()
     exact = dtype == torch.float32
     assert torch.allclose(y.double(), wanted, atol=1e-4 if exact else 2e-2, rtol=1e-4 if exact else 1e-2)
@@ -177,7 +177,7 @@ def test_factors_of_every_type_at_once(seed: int, dtype: torch.dtype) -> None:
 def test_no_rows_and_no_ranks() -> None:
     case = build(random.Random(4), 16, 16)
     y = case.y.clone()
-    add_flat([y], case.x, group_rows([]), [case.flat()])
+    FlatProduct(group_rows([]), [case.flat()]).add([y], case.x)
     add_paged_reference(y, case.x, group_rows([]), case.paged(16))
     assert torch.equal(y, case.y)
 

@@ -13,6 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from flexbatch.checkpoint.locate import locate
 from flexbatch.lora.load import FactorReader
+from flexbatch.options import EngineOptions
+from flexbatch.policy.workload import Workload
+from flexbatch.runtime.engine import Engine
 from tests.lora.peft_cases import make_adapters, requests_with
 from tests.oracle import Row, ragged_rows
 from tests.runtime.test_lora import run
@@ -99,3 +102,28 @@ def test_a_bad_number_in_a_narrow_file_fails_its_rows_only(tmp_path: Path, monke
         if error is not None:
             assert error.type == "adapter_error"
             assert "not finite" in error.message
+
+
+def test_what_is_read_again_to_the_same_place_is_laid_out_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows, adapters and places of a run's first sweep are those of the last run's last one, but the bytes are new."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = tiny_checkpoint(tmp_path / "model", "llama")
+    whole = make_adapters(path, tmp_path / "whole", {"x": {}, "own": {"r": 16, "target_modules": "all-linear"}}, 5)
+    adapters = stored({"own": whole["own"]}, tmp_path / "halves", torch.float16, torch.float16)
+    requests = requests_with(ragged(path, 12, 1), ["own"] * 12)
+    with Engine(
+        locate(str(path)), None, EngineOptions(device="cpu"), Workload.of(requests), adapters=adapters
+    ) as engine:
+        first = [(result.id, result.token_ids) for result in engine.run(requests)]
+        assert engine.stats()["sweeps"] == 1
+        kept = engine._adapters._kept
+        assert kept is not None
+        cache = kept[0]
+        start = cache.start("own")
+        cache.drop("own")
+        again = [(result.id, result.token_ids) for result in engine.run(requests)]
+        assert cache.start("own") == start
+        assert cache.counts.reads == 2
+    assert again == first
