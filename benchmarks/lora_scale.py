@@ -4,6 +4,7 @@
     python benchmarks/lora_scale.py turns --model DIR --adapters DIR --counts 5,100 --systems flexbatch,peft,merge
     python benchmarks/lora_scale.py first --model DIR --adapters DIR --counts 5,1000    a process's first job
     python benchmarks/lora_scale.py open --model DIR --adapters DIR                     time to open all of them
+    python benchmarks/lora_scale.py memory --model DIR --adapters DIR --counts 2000 --adapter-memory 1GB
 
 As in S-LoRA's table: ranks 8, 16, 32 and 64 on q, k, v and o, a random adapter for each of 256 rows of 64 prompt and 32
 new tokens, on the CPU in ``--dtype`` (PEFT's adapters too). ``turns`` runs all systems in
@@ -15,7 +16,8 @@ one pass over the factors for every decoding row cost at rates measured in the s
 and that take, over what was taken; ``kernel_s`` are seconds of the operating system. Figures are added to those of
 other counts in ``--output``.
 
-``first`` runs each count in a process of its own (``one``), whose memory is new to it.
+``first`` runs each count in a process of its own (``one``), whose memory is new to it. ``memory`` runs the base model,
+then each count; ``grown`` is what the process has come to hold beyond what it held after the base model.
 """
 
 from __future__ import annotations
@@ -229,6 +231,24 @@ def one(options: argparse.Namespace, count: int) -> float:
         return _timed(lambda: llm.generate(prompts, params, lora=list(names)))
 
 
+def memory(options: argparse.Namespace, count: int) -> dict[str, Any]:
+    """What the arena is, what the process grew by in two jobs, and what those read from disk, in bytes."""
+    prompts, names = work(options, count, _vocab(options))
+    params, process = SamplingParams(max_tokens=options.new, ignore_eos=True), psutil.Process()
+    grown: list[int] = []
+    with open_llm(options) as llm:
+        for _ in range(2):  # twice: the second one keeps what the first one freed
+            llm.generate(prompts, params)
+        before = process.memory_info().rss
+        for _ in range(2):
+            results = llm.generate(prompts, params, lora=list(names))
+            assert all(result.completion_tokens == options.new for result in results)
+            grown.append(process.memory_info().rss - before)
+        figures = llm.stats()["adapters"]
+    kept = ("arena_bytes", "arena_peak_bytes", "arena_fragmentation", "reads", "evictions", "waits", "bytes_read")
+    return {"distinct": len(set(names)), "grown": grown, **{name: figures[name] for name in kept}}
+
+
 def _vocab(options: argparse.Namespace) -> int:
     return int(json.loads((Path(options.model) / "config.json").read_text())["vocab_size"])
 
@@ -253,7 +273,7 @@ def open_all(options: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """Do what is asked, and print or add to a JSON file what was measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("make", "turns", "first", "one", "open"))
+    parser.add_argument("what", choices=("make", "turns", "first", "one", "open", "memory"))
     parser.add_argument("--model", required=True)
     parser.add_argument("--adapters", type=Path, required=True)
     parser.add_argument("--systems", type=lambda text: text.split(","), default=["flexbatch"])
@@ -269,10 +289,10 @@ def main() -> None:
     parser.add_argument("--adapter-memory", help="the arena's size (default: as the plan has it)")
     sizes = "PEFT's batch sizes: all are tried on all rows, the best one is measured"
     parser.add_argument("--sizes", type=lambda text: [int(size) for size in text.split(",")], default=[256], help=sizes)
-    memory = (
+    keeps = (
         "whether PEFT's process keeps the memory it frees (its best setting) or gives it back as glibc does by itself"
     )
-    parser.add_argument("--peft-memory", choices=("kept", "default"), default="kept", help=memory)
+    parser.add_argument("--peft-memory", choices=("kept", "default"), default="kept", help=keeps)
     parser.add_argument("--trial", type=int, default=4, help="new tokens with which PEFT's batch sizes are tried")
     parser.add_argument("--merges", type=int, default=8, help="adapters that merging is timed on")
     parser.add_argument("--label", help="the name of the figures in the output (default: what was done)")
@@ -301,6 +321,8 @@ def main() -> None:
         note(open_all(options))
     elif options.what == "first":
         note(first(options, counts))
+    elif options.what == "memory":
+        note({str(counts[0]): memory(options, counts[0])})
     else:
         with open_llm(options) as llm:
             for count in counts:

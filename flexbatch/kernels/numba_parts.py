@@ -9,14 +9,18 @@ has it as a constant, no question is left when it is compiled.
 from __future__ import annotations
 
 import functools
+import hashlib
 import platform
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from llvmlite import binding, ir
 from numba import cfunc, njit, types
 from numba.extending import intrinsic
+
+from flexbatch.kernels import native
 
 Kernel = Callable[[Any], None]
 
@@ -35,12 +39,23 @@ def address_of(kernel: Any) -> int:
 
 
 def compiled(function: Kernel) -> Any:
-    """Compile a function of one address, of a record, to a C function; kept on disk where that can be."""
+    """Compile a function of one address, of a record, to a C function; kept on disk where that can be.
+
+    Numba takes what it kept for good if the function's own file is as it was: the rest of what went into it is named.
+    """
     signature = types.void(types.int64)
     try:
+        function.__qualname__ += f".{_revision()}"
         return cfunc(signature, nopython=True, cache=True, error_model="numpy", fastmath=FAST)(function)
-    except RuntimeError:  # no folder that can be written
+    except (RuntimeError, OSError):  # no folder that can be written, or no sources
         return cfunc(signature, nopython=True, error_model="numpy", fastmath=FAST)(function)
+
+
+@functools.cache
+def _revision() -> str:
+    """A name for what is in all kernels: this module's text and ``native``'s."""
+    sources = [Path(str(module)).read_bytes() for module in (__file__, native.__file__)]
+    return hashlib.sha256(b"".join(sources)).hexdigest()[:12]
 
 
 inlined = njit(inline="always", fastmath=FAST, error_model="numpy")

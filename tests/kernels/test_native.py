@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from flexbatch.kernels import native
+from flexbatch.kernels import native, numba_parts
 from flexbatch.kernels.numba_parts import (
     address_of,
     compiled,
@@ -83,6 +84,22 @@ def test_every_piece_is_drawn_once_by_as_many_threads_as_torch_has() -> None:
             assert out.max() <= count
     finally:
         torch.set_num_threads(threads)
+
+
+def test_what_was_compiled_is_kept_for_the_same_sources_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numba itself looks at the kernel's own file, not at those that the kernel is built of."""
+    monkeypatch.setattr("numba.config.CACHE_DIR", str(tmp_path))
+
+    def hits(revision: str) -> int:
+        monkeypatch.setattr(numba_parts, "_revision", lambda: revision)
+
+        def kernel(record: int) -> None:
+            put(load_long(record, OUT), 0, np.float32(1))
+
+        count: int = compiled(kernel).cache_hits
+        return count
+
+    assert [hits("old"), hits("old"), hits("new"), hits("new"), hits("old")] == [0, 1, 0, 1, 1]
 
 
 def test_where_nothing_can_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
