@@ -7,7 +7,7 @@
     python benchmarks/lora_scale.py memory --model DIR --adapters DIR --counts 2000 --adapter-memory 1GB
 
 As in S-LoRA's table: ranks 8, 16, 32 and 64 on q, k, v and o, a random adapter for each of 256 rows of 64 prompt and 32
-new tokens, on the CPU in ``--dtype`` (PEFT's adapters too). ``turns`` runs all systems in
+new tokens, on the CPU (ours also on ``--device``) in ``--dtype`` (PEFT's adapters too). ``turns`` runs all systems in
 turn, ``--rounds`` times at each count, always with our base model alone as well, so that a machine whose rate drifts
 favours nobody; figures are medians. Ours reads its adapters in every round (two sets take turns), into memory that is
 not new; PEFT, in a process of its own, has its adapters loaded before and has made one batch. ``--budget`` seconds are
@@ -17,7 +17,7 @@ and that take, over what was taken; ``kernel_s`` are seconds of the operating sy
 other counts in ``--output``.
 
 ``first`` runs each count in a process of its own (``one``), whose memory is new to it. ``memory`` runs the base model,
-then each count; ``grown`` is what the process has come to hold beyond what it held after the base model.
+then one count; ``grown`` is what the process has come to hold beyond what it held after the base model.
 """
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ def others(options: argparse.Namespace, names: Names) -> Names:
 
 def open_llm(options: argparse.Namespace) -> LLM:
     """Ours, with all adapters at hand."""
-    settings: dict[str, Any] = {"device": "cpu", "cpu_memory": options.cpu_memory, "dtype": options.dtype}
-    settings["adapter_memory"] = options.adapter_memory
+    names = ("device", "gpu_memory", "cpu_memory", "dtype", "weight_bits", "dummy_weights", "adapter_memory")
+    settings: dict[str, Any] = {name: getattr(options, name) for name in names}
     return LLM(options.model, lora_dir=options.adapters, **settings)
 
 
@@ -174,8 +174,9 @@ def turns(options: argparse.Namespace, llm: LLM, count: int) -> dict[str, Any]:
     if rows:
         found["merged_rows"] = rows["merge"]
     if "flexbatch" in middle:
-        found["extra_s"] = adapter_seconds(options, names)
         found["to_base"] = middle["base"] / middle["flexbatch"]
+    if "flexbatch" in middle and options.device == "cpu":
+        found["extra_s"] = adapter_seconds(options, names)
         found["to_cost"] = (middle["base"] + found["extra_s"]) / middle["flexbatch"]
     if {"flexbatch", "peft"} <= set(middle):
         found["to_peft"] = middle["peft"] / middle["flexbatch"]
@@ -209,9 +210,20 @@ def _timed(function: Callable[[], object]) -> float:
 
 def first(options: argparse.Namespace, counts: list[int]) -> dict[str, Any]:
     """Seconds of a process's first job with each of ``counts``, in turn, one process after the other."""
-    same = ("model", "adapters", "rows", "prompt", "new", "dtype", "cpu_memory")
+    same: tuple[str, ...] = (
+        "model",
+        "adapters",
+        "rows",
+        "prompt",
+        "new",
+        "dtype",
+        "cpu_memory",
+        "device",
+        "weight_bits",
+    )
+    same += tuple(name for name in ("adapter_memory", "gpu_memory") if getattr(options, name))
     passed = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in same]
-    passed += [f"--adapter-memory={options.adapter_memory}"] if options.adapter_memory else []
+    passed += ["--dummy-weights"] if options.dummy_weights else []
     seconds: dict[int, list[float]] = {count: [] for count in counts}
     for _ in range(options.rounds):
         for count in counts:
@@ -284,7 +296,11 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds for each system at each count")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--device", choices=("cpu", "sim", "cuda"), default="cpu", help="of ours; PEFT has the CPU")
+    parser.add_argument("--gpu-memory", help="of --device sim or cuda (default: all)")
+    parser.add_argument("--weight-bits", type=int, choices=(16, 4), default=16)
+    parser.add_argument("--dummy-weights", action="store_true", help="ours needs a config.json only")
     parser.add_argument("--cpu-memory", default="8GiB", help="what ours may take, so that PEFT has the rest")
     parser.add_argument("--adapter-memory", help="the arena's size (default: as the plan has it)")
     sizes = "PEFT's batch sizes: all are tried on all rows, the best one is measured"
@@ -298,6 +314,8 @@ def main() -> None:
     parser.add_argument("--label", help="the name of the figures in the output (default: what was done)")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
+    if options.device != "cpu" and set(options.systems) - {"flexbatch"}:
+        parser.error(f"PEFT runs on the CPU: not to be compared with --device {options.device}")
     if options.what == "make":
         make(options)
         return
