@@ -78,10 +78,11 @@ class FlatStore:
             for width in index.widths
         }
         self._kinds = Kinds(FlatLayout, index)
-        self._types: dict[str, int] = {}
+        self._type = _Types(adapters)
         self._bound: dict[object, FlatTable] = {}  # in this sweep
         self._bound_before: dict[object, FlatTable] = {}  # in the last one, whose rows are often the same
-        self._files = _Files(adapters, self._kinds, index, lambda adapter: self._flats[self._type(adapter.name)])
+        flats, type_ = self._flats, self._type  # not this store itself: it would keep the arena when nobody else does
+        self._files = _Files(adapters, self._kinds, index, lambda adapter: flats[type_(adapter.name)])
         self.failures = self._files.failures
 
     @staticmethod
@@ -131,12 +132,6 @@ class FlatStore:
     def _start(self, name: str) -> int:
         return self._cache.start(name) // FACTOR_TYPES[self._type(name)].itemsize
 
-    def _type(self, name: str) -> int:
-        """The place in ``FACTOR_TYPES`` of an adapter's type; found once."""
-        if name not in self._types:
-            self._types[name] = _type_of(self._adapters[name])
-        return self._types[name]
-
 
 class PagedStore:
     """With a GPU tier: images in the arena, and pages of ``pool``, in ``dtype``.
@@ -163,7 +158,8 @@ class PagedStore:
         self._pages = [pool.raw(layer).view(dtype) for layer in range(index.groups - 2)]  # [pages, P] each
         self._device = device
         self._kinds = Kinds(ImageLayout, index)
-        self._files = _Files(adapters, self._kinds, index, lambda _: self._flat)
+        flat = self._flat  # not this store itself: it would keep its memory when nobody else does
+        self._files = _Files(adapters, self._kinds, index, lambda _: flat)
         self._uploads: list[tuple[ImageLayout, int, list[int]]] = []
         self.failures = self._files.failures
 
@@ -235,6 +231,19 @@ class PagedStore:
 
     def _start(self, name: str) -> int:
         return self._cache.start(name) // self._dtype.itemsize
+
+
+class _Types:
+    """By an adapter's name the place in ``FACTOR_TYPES`` of the type in which it lies; found once."""
+
+    def __init__(self, adapters: Mapping[str, Adapter]) -> None:
+        self._adapters = adapters
+        self._found: dict[str, int] = {}
+
+    def __call__(self, name: str) -> int:
+        if name not in self._found:
+            self._found[name] = _type_of(self._adapters[name])
+        return self._found[name]
 
 
 class _Files:

@@ -63,6 +63,7 @@ class Adapters:
         self._tally: dict[str, dict[str, int]] = {}
         self._cache: AdapterCache | None = None
         self._store: AdapterStore | None = None
+        self._bytes_read = 0
 
     def open(self, names: Iterable[str]) -> frozenset[str]:
         """Open the adapters ``names``, as far as they are not, and return those that can be used."""
@@ -140,6 +141,7 @@ class Adapters:
         if self._kept is not None and self._kept[0] is run.cache:
             self._store = self._kept[1]
             return self._store
+        self._store = None  # what the last run had goes before there is room for as much again
         arena = self._device.host_buffer(run.cache.capacity)
         if self._device.compute != "gpu":
             self._store = FlatStore(self._opened, self._index, run.cache, arena)
@@ -151,18 +153,19 @@ class Adapters:
 
     def finish(self, run: AdapterRun) -> None:
         """A run is over, and all its rows are done. On a CPU the arena is kept for the next one."""
+        assert self._store is not None
         if self._device.compute == "gpu":
             run.cache.clear()
             if run.own_pages is not None:
                 run.own_pages.check_idle()
+            self._bytes_read, self._store = self._store.bytes_read, None
         else:
             run.cache.check_idle()
-            assert self._store is not None
             self._kept = (run.cache, self._store)
 
     def forget(self) -> None:
         """A run was broken off: what its memory holds is not known."""
-        self._kept = None
+        self._kept = self._store = None
 
     # --- figures -------------------------------------------------------------------------------------------------
 
@@ -197,7 +200,7 @@ class Adapters:
     @property
     def bytes_read(self) -> int:
         """Bytes of factors read from disk, in the last run's store."""
-        return 0 if self._store is None else self._store.bytes_read
+        return self._bytes_read if self._store is None else self._store.bytes_read
 
     def refusal(self, name: str | None, run: AdapterRun | None) -> RowError | None:
         """Why the rows of an adapter cannot be computed, if they cannot."""

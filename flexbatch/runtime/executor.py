@@ -119,6 +119,7 @@ class Executor:
             _, lane = self._lanes.popitem()
             while not lane.ended and time.monotonic() < deadline:
                 time.sleep(_LOOK_S)
+        self._handlers = {}  # which know their owner, who knows this: its memory would wait for a collection
 
     # --- submission -------------------------------------------------------------------------------------------
 

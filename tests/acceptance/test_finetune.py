@@ -112,22 +112,24 @@ def test_killed_ten_times_it_ends_the_same(nursery: Nursery, tmp_path: Path) -> 
     seed = secrets.randbits(32)
     rng = random.Random(seed)
     print(f"seed {seed}: {seconds:.1f} s alone")
-    kept = set()
+    kept: set[tuple[str, ...]] = set()
     killed = 0
     for _ in range(10 * KILLS):
-        if killed == KILLS:
+        if killed >= KILLS and len(kept) > 1:
             break
         code = nursery.run(broken, "--stats", str(stats), kill_after=rng.uniform(0, 1.1) * seconds)
         if code == -signal.SIGKILL:
             killed += 1
             kept.add(tuple(sorted(path.name for path in tmp_path.glob("broken.part/step-*"))))
+            if kept == {()}:
+                seconds *= 1.1  # the machine may be slower than it was: some moment has to come after a checkpoint
         else:
             # It was done before its moment: from the start again, so that all moments of a training are met.
             assert code == 0, nursery.said
             check(whole, broken, stats, losses)
             assert nursery.run(broken, "--overwrite", kill_after=rng.uniform(0.3, 1.0) * seconds) in (0, -9)
             killed += not (broken / "training.json").exists()
-    assert killed == KILLS
+    assert killed >= KILLS
     assert nursery.run(broken, "--stats", str(stats)) == 0, nursery.said
     check(whole, broken, stats, losses)
     assert not (tmp_path / "broken.part").exists()

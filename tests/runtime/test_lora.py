@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -240,6 +241,27 @@ def test_an_adapter_larger_than_its_memory_fails_its_rows(case_of: Callable[[str
     assert errors
     assert all("adapter large takes" in error and "raise --adapter-memory" in error for error in errors)
     assert {result.lora for result in results if result.error is not None} == {"large"}
+
+
+@pytest.mark.parametrize("kv", ["100,0,0", "0,100,0"])
+def test_runs_leave_no_memory_to_the_collector(kv: str, case_of: Callable[[str], Case]) -> None:
+    """What a run had is free when the next one asks for as much: its pages, its arena, its KV."""
+    case = case_of("llama")
+    requests = requests_with(case.rows, case.names)
+    options = EngineOptions(device="sim", kv=parse_shares(kv, "kv"))
+    peaks, arenas = [], []
+    gc.collect()
+    gc.disable()
+    try:
+        with Engine(locate(str(case.path)), None, options, Workload.of(requests), adapters=case.adapters) as engine:
+            for count in (len(requests), 1, len(requests), len(requests)):
+                assert all(result.error is None for result in engine.run(requests[:count]))
+                peaks.append(engine._device.gpu_peak)
+                arenas.append(engine._adapters._store)
+    finally:
+        gc.enable()
+    assert peaks == peaks[:1] * 4
+    assert arenas == [None] * 4
 
 
 def test_the_python_api(case_of: Callable[[str], Case]) -> None:
