@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from flexbatch.checkpoint.locate import locate
-from flexbatch.errors import InputError, UsageError
+from flexbatch.errors import DoesNotFitError, InputError, UsageError
 from flexbatch.finetune.companion import Companion
 from flexbatch.finetune.job import FinetuneJob, FinetuneTask, weights_fingerprint
 from flexbatch.finetune.options import SHARE, FinetuneOptions, LrSchedule, OptimizerName, StatesPlace
@@ -335,7 +335,10 @@ class LLM:
             found.append(self._trained(task, name, job.stats()))
 
     def stats(self) -> dict[str, Any]:
-        """What the calls so far cost: the command line's ``--stats``, without its counts of rows."""
+        """What the calls so far cost: the command line's ``--stats``, without its counts of rows.
+
+        Counted anew where a call had no room beside the weights as they lay, and they were loaded again.
+        """
         if self._engine is None:
             raise UsageError("stats: nothing has run yet: call generate or score first")
         return self._engine.stats()
@@ -407,9 +410,16 @@ class LLM:
     def _run(self, requests: list[TokenizedRequest]) -> Iterator[tuple[int, Result]]:
         if not requests:
             return
+        workload = Workload.of(requests, share_prefixes=self._options.share_prefixes)
         engine = self._engine
+        if engine is not None and self._companion is None:
+            try:
+                engine.prepare(workload)
+            except DoesNotFitError:  # beside weights as they lie: they are dealt out again
+                engine.close()
+                engine = self._engine = None
         if engine is None:
-            engine = self._open_engine(Workload.of(requests, share_prefixes=self._options.share_prefixes))
+            engine = self._open_engine(workload)
         self._share_engine()
         for result in engine.run(requests):
             yield int(result.id), result

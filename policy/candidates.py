@@ -29,9 +29,18 @@ _SOLVER_SLACK = 1e-4  # what a solver leaves of a whole number is not a sequence
 _LEAST_PACE = 256  # prompt tokens a sweep: products of fewer rows than this run below their best rate
 
 
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """Weights that rest already, of ``bits`` and in type ``held``; ``placement`` has the rings that there are."""
+
+    placement: WeightPlacement
+    bits: int
+    held: str
+
+
 @dataclass(slots=True)
 class Shop:
-    """Everything a search starts from, and what it needs again and again."""
+    """Everything a search starts from, and what it needs again and again. ``placed``: weights that stay there."""
 
     name: str
     size: ModelSize
@@ -41,6 +50,7 @@ class Shop:
     machine: Machine
     profile: HardwareProfile
     stored_dtype: str
+    placed: Placed | None = None
     _costs: dict[tuple[Precision, int, int], Cost] = field(default_factory=dict)
     _means: dict[int, Mean] = field(default_factory=dict)
     _sized: dict[int, list[UnitSize]] = field(default_factory=dict)
@@ -73,8 +83,15 @@ class Shop:
             self._sized[bits] = sized(self.units, bits)
         return self._sized[bits]
 
+    @property
+    def fixed(self) -> bool:
+        """Whether it is said where weights are."""
+        return self.placed is not None or self.options.weights is not None
+
     def given(self, choice: Choice) -> WeightPlacement | None:
-        """Where the options' shares of weights put them, if there are any."""
+        """Where weights are, or where the options' shares of them put them, if there are any."""
+        if self.placed is not None:
+            return self.placed.placement
         if self.options.weights is None:
             return None
         bits = choice.weight_bits
@@ -159,7 +176,7 @@ def realise(shop: Shop, trials: Sequence[Trial]) -> list[Candidate]:
                 trial.placement, trial.solution = placement, solution
             if solution is None or solution.rate < _AS_GOOD * optimum.rate:
                 over = {tier: problem.limits[tier].at(optimum.values) for tier in TIERS if tier in problem.limits}
-                if shop.options.weights is None and max(over.values()) > 0:
+                if not shop.fixed and max(over.values()) > 0:
                     for tier, excess in over.items():
                         less = trial.tried.budget(tier) - math.ceil(max(0.0, excess))
                         trial.tried = trial.tried.with_budget(tier, max(0, less))
@@ -220,7 +237,7 @@ def _whole(shop: Shop, trial: Trial, hasty: bool) -> Candidate | None:
     memory = shop.memory(choice, trial.placement, pages, sequences)
     if any(used_bytes.total > used_bytes.budget for used_bytes in memory.values()):
         return None
-    placement = _roomier(trial.placement, memory)
+    placement = trial.placement if shop.placed is not None else _roomier(trial.placement, memory)
     memory = shop.memory(choice, placement, pages, sequences)
     last = len(shop.size.groups) - 1
     weights = traffic(shop.resized(choice), placement.tiers, choice.precision, shop.machine.compute, last)

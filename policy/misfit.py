@@ -66,7 +66,8 @@ def _exact(shop: Shop, choice: Choice, tier: str, missing: float) -> int:
 
 def _with_more(shop: Shop, tier: str, amount: int) -> Shop:
     machine = shop.machine.with_budget(tier, shop.machine.budget(tier) + amount)
-    return Shop(shop.name, shop.size, shop.units, shop.workload, shop.options, machine, shop.profile, shop.stored_dtype)
+    own = (shop.name, shop.size, shop.units, shop.workload, shop.options)
+    return Shop(*own, machine, shop.profile, shop.stored_dtype, shop.placed)
 
 
 def _more_than_one(shop: Shop, choice: Choice) -> DoesNotFitError:

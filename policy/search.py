@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from flexbatch.errors import DoesNotFitError, UsageError
 from flexbatch.options import EngineOptions
-from flexbatch.policy.candidates import Shop, Trial, realise
+from flexbatch.policy.candidates import Placed, Shop, Trial, realise
 from flexbatch.policy.cost import Precision, Way
 from flexbatch.policy.footprint import ModelSize, UnitSize
 from flexbatch.policy.machine import Machine
@@ -49,16 +49,17 @@ def choose(
     profile: HardwareProfile,
     *,
     stored_dtype: str,
+    placed: Placed | None = None,
 ) -> tuple[Plan, WeightPlacement]:
     """Return the Plan with the highest predicted throughput of the job, and where each unit of weights rests.
 
-    What ``options`` fix is a constraint. Among plans within 1% of the best, the one with the smallest sweep is taken.
-    Where the job's mean row has no room the plan is made for its shorter rows: those that do not fit it fail alone.
-    Raises DoesNotFitError, with tier, missing bytes and the cheapest remedy, if not even one row fits; UsageError if
-    ``options`` ask for a tier that the device has not.
+    What ``options`` fix is a constraint, and so are weights that are ``placed``. Among plans within 1% of the best, the
+    one with the smallest sweep is taken. Where the job's mean row has no room the plan is made for its shorter rows:
+    those that do not fit it fail alone. Raises DoesNotFitError, with tier, missing bytes and the cheapest remedy, if
+    not even one row fits; UsageError if ``options`` ask for a tier that the device has not.
     """
     check_options(options, machine)
-    shop = Shop(name, size, tuple(units), workload, options, machine, profile, stored_dtype)
+    shop = Shop(name, size, tuple(units), workload, options, machine, profile, stored_dtype, placed)
     while True:
         try:
             plan, placement = plan_of(shop, chosen(shop))
@@ -66,7 +67,7 @@ def choose(
             shorter = shop.workload.shorter_half()
             if shorter is None:
                 raise
-            shop = Shop(name, size, tuple(units), shorter, options, machine, profile, stored_dtype)
+            shop = Shop(name, size, tuple(units), shorter, options, machine, profile, stored_dtype, placed)
         else:
             whole = replace(
                 plan,
@@ -154,7 +155,7 @@ def ranking(shop: Shop) -> list[Ranked]:
     compute = shop.machine.compute
     ranked = _solved(shop, list(_choices(shop, compute)))
     others: list[Choice] = []
-    if shop.options.weights is None and _scarce(ranked, compute):
+    if not shop.fixed and _scarce(ranked, compute):
         for edges in ("cpu", "disk") if compute == "gpu" else ("disk",):
             others += _choices(shop, edges)
     if shop.options.kv is None and _scarce(ranked, "cpu"):
@@ -238,7 +239,8 @@ def _precisions(shop: Shop) -> Iterator[tuple[Precision, int]]:
             if shop.machine.compute == "cpu" and dtype != stored:
                 held.insert(0, dtype)
             for kept in held:
-                yield Precision(dtype, "int4" if bits == 4 or packed else stored, stored, kept, kv_bits), bits
+                if shop.placed is None or (kept, bits) == (shop.placed.held, shop.placed.bits):
+                    yield Precision(dtype, "int4" if bits == 4 or packed else stored, stored, kept, kv_bits), bits
 
 
 def _ways(options: EngineOptions, machine: Machine, *, disk: bool) -> list[tuple[Way, ...]]:

@@ -26,6 +26,7 @@ from flexbatch.memory.spill import SpillFile
 from flexbatch.models.registry import family_of
 from flexbatch.models.spec import model_size
 from flexbatch.options import EngineOptions
+from flexbatch.policy.candidates import Placed
 from flexbatch.policy.machine import Machine
 from flexbatch.policy.plan import Plan
 from flexbatch.policy.search import choose
@@ -106,6 +107,7 @@ class Engine:
         )
         self._workload = workload
         self._adapters = Adapters(adapters or {}, table, folder.shape.family, self._device, options.adapter_memory)
+        self._placed: Placed | None = None
         self.plan, placement = self._place(workload)
         if options.weight_bits is None:
             self._options = replace(self._options, weight_bits=4 if self.plan.weight_bits == 4 else 16)
@@ -118,6 +120,7 @@ class Engine:
         self._weights = WeightStore(
             table, checkpoint, units, placement.tiers, self._device, self._reader, self.plan, progress=progress
         )
+        self._placed = Placed(placement, self.plan.weight_bits, self.plan.weights_dtype)
         keep_freed_blocks(self.plan.memory[self._device.compute].working)
         self._loaded_bytes = sum(entry.nbytes for entry in {id(e): e for e in checkpoint.entries.values()}.values())
         rope = folder.shape.rope
@@ -158,7 +161,7 @@ class Engine:
             yield result
 
     def _run(self, requests: SequenceOf[TokenizedRequest], workload: Workload) -> Iterator[Result]:
-        self._replan(workload)
+        self.prepare(workload)
         pages = {tier: PageAllocator(count) for tier, count in self.plan.kv_pages.items()}
         adapters = self._adapters.begin(workload.adapters, pages) if workload.adapters else None
         prefixes = None
@@ -321,20 +324,19 @@ class Engine:
             machine,
             self._profile,
             stored_dtype=self._shape.stored_dtype,
+            placed=self._placed,
         )
 
     def _page_shape(self, plan: Plan) -> PageShape:
         dtype = getattr(torch, plan.dtype)
         return PageShape(self._shape.num_kv_heads, plan.page_tokens, self._shape.head_dim, dtype, plan.kv_bits)
 
-    def _replan(self, workload: Workload) -> None:
-        """Plan for these rows; the weights stay where they are."""
+    def prepare(self, workload: Workload) -> None:
+        """Plan for these rows; the weights stay where they are. Raises DoesNotFitError if that leaves no room."""
         if workload == self._workload and not self._stale:
             return
-        self._workload, self._stale = workload, False
         plan, _ = self._place(workload)
-        kept = ("weights", "weights_dtype", "host_ring", "gpu_ring")
-        plan = replace(plan, **{name: getattr(self.plan, name) for name in kept})
+        self._workload, self._stale = workload, False
         if _pool_of(plan) != _pool_of(self.plan):
             self._drop_kv()
         self.plan = plan
