@@ -414,7 +414,7 @@ class LLM:
         engine = self._engine
         if engine is not None and self._companion is None:
             try:
-                engine.prepare(workload)
+                engine.prepare(workload, whole=True)
             except DoesNotFitError:  # beside weights as they lie: they are dealt out again
                 engine.close()
                 engine = self._engine = None

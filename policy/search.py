@@ -50,13 +50,15 @@ def choose(
     *,
     stored_dtype: str,
     placed: Placed | None = None,
+    whole: bool = False,
 ) -> tuple[Plan, WeightPlacement]:
     """Return the Plan with the highest predicted throughput of the job, and where each unit of weights rests.
 
     What ``options`` fix is a constraint, and so are weights that are ``placed``. Among plans within 1% of the best, the
     one with the smallest sweep is taken. Where the job's mean row has no room the plan is made for its shorter rows:
     those that do not fit it fail alone. Raises DoesNotFitError, with tier, missing bytes and the cheapest remedy, if
-    not even one row fits; UsageError if ``options`` ask for a tier that the device has not.
+    not even one row fits, or for ``whole`` if the mean one does not; UsageError if ``options`` ask for a tier that the
+    device has not.
     """
     check_options(options, machine)
     shop = Shop(name, size, tuple(units), workload, options, machine, profile, stored_dtype, placed)
@@ -65,17 +67,17 @@ def choose(
             plan, placement = plan_of(shop, chosen(shop))
         except DoesNotFitError:
             shorter = shop.workload.shorter_half()
-            if shorter is None:
+            if shorter is None or whole:
                 raise
             shop = Shop(name, size, tuple(units), shorter, options, machine, profile, stored_dtype, placed)
         else:
-            whole = replace(
+            of_all = replace(
                 plan,
                 prompt_len=workload.prompt_len,
                 gen_len=workload.gen_len,
                 num_requests=workload.num_requests,
             )
-            return whole, placement
+            return of_all, placement
 
 
 def chosen(shop: Shop) -> Estimate:

@@ -305,16 +305,16 @@ class Engine:
 
     # --- parts of a run ----------------------------------------------------------------------------------------
 
-    def _place(self, workload: Workload) -> tuple[Plan, WeightPlacement]:
+    def _place(self, workload: Workload, *, whole: bool = False) -> tuple[Plan, WeightPlacement]:
         if not workload.adapters:
-            return self._place_on(self._machine, workload)
-        sketch, _ = self._place_on(self._machine, workload)
+            return self._place_on(self._machine, workload, whole=whole)
+        sketch, _ = self._place_on(self._machine, workload, whole=whole)
         page = self._page_shape(sketch)
         machine = self._adapters.reserve(self._machine, workload.adapters, page, sketch)
-        plan, placement = self._place_on(machine, workload)
+        plan, placement = self._place_on(machine, workload, whole=whole)
         return self._adapters.account(plan, page), placement
 
-    def _place_on(self, machine: Machine, workload: Workload) -> tuple[Plan, WeightPlacement]:
+    def _place_on(self, machine: Machine, workload: Workload, *, whole: bool) -> tuple[Plan, WeightPlacement]:
         return choose(
             self._folder.name,
             self._size,
@@ -325,17 +325,22 @@ class Engine:
             self._profile,
             stored_dtype=self._shape.stored_dtype,
             placed=self._placed,
+            whole=whole,
         )
 
     def _page_shape(self, plan: Plan) -> PageShape:
         dtype = getattr(torch, plan.dtype)
         return PageShape(self._shape.num_kv_heads, plan.page_tokens, self._shape.head_dim, dtype, plan.kv_bits)
 
-    def prepare(self, workload: Workload) -> None:
-        """Plan for these rows; the weights stay where they are. Raises DoesNotFitError if that leaves no room."""
+    def prepare(self, workload: Workload, *, whole: bool = False) -> None:
+        """Plan for these rows; the weights stay where they are.
+
+        Raises DoesNotFitError if they leave no room for a row; for ``whole`` if they leave none for the mean one, where
+        else the longer rows fail alone.
+        """
         if workload == self._workload and not self._stale:
             return
-        plan, _ = self._place(workload)
+        plan, _ = self._place(workload, whole=whole)
         self._workload, self._stale = workload, False
         if _pool_of(plan) != _pool_of(self.plan):
             self._drop_kv()

@@ -101,6 +101,21 @@ def test_weights_move_for_a_job_that_has_no_room_beside_them(model: Path, known:
             assert plan.memory["cpu"].total <= budget
 
 
+def test_no_row_fails_for_want_of_room_that_weights_could_make(model: Path, known: Known) -> None:
+    """A short row would fit beside the weights as they lie, the long ones with it would not."""
+    budget = (known.needs[SMALL] + known.needs[LARGE]) // 2
+    rng = random.Random(1)
+    prompts = [[rng.randrange(3, 2000) for _ in range(prompt)] for prompt in (SMALL[1], *[LARGE[1]] * 15)]
+    params = SamplingParams(max_tokens=4, ignore_eos=True)
+    with LLM(model, device="cpu", dtype="float32") as llm:
+        expected = [result.token_ids for result in llm.generate(prompts, params)]
+    with LLM(model, device="cpu", dtype="float32", cpu_memory=budget) as llm:
+        ask(llm, SMALL)
+        results = llm.generate(prompts, params)
+    assert [result.error for result in results] == [None] * len(prompts)
+    assert [result.token_ids for result in results] == expected
+
+
 def test_a_job_that_fits_in_no_way_is_refused_and_the_next_one_is_not(model: Path, known: Known) -> None:
     with resident(model, (known.needs[SMALL] + known.needs[LARGE]) // 2) as llm:
         assert ask(llm, SMALL)[0] == known.tokens[SMALL]
