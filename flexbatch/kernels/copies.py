@@ -27,9 +27,8 @@ def copy_finite(targets: Sequence[Tensor], sources: Sequence[Tensor], *, alone: 
     if native.usable(torch.float32):
         from flexbatch.kernels import copies_numba  # Numba is there only where it is needed
 
-        kept = [pair for pair in pairs if copies_numba.copies(*pair)]
+        finite = copies_numba.copy_finite([pair for pair in pairs if copies_numba.copies(*pair)], alone=alone)
         pairs = [pair for pair in pairs if not copies_numba.copies(*pair)]
-        finite = copies_numba.copy_finite(kept, alone=alone)
     for target, source in pairs:
         target.copy_(source)
     return finite and all(is_finite(target) for target, _ in pairs)
